@@ -1,0 +1,85 @@
+"""Metrics that are exact: sums and counts over every example of every rank, never a mean of batch means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dpo_lightning.batch import Logps
+
+
+class PreferenceMetrics(Metric):
+    """Loss, rewards, accuracies, margins and log-probabilities under the names that dashboards know.
+
+    Chosen is the best response, rejected the mean over the others. The accuracy of an example is the share of its
+    pairs that the rewards order rightly; a tie counts one half.
+    """
+
+    full_state_update = False
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+             "logps/chosen", "logps/rejected")  # fmt: skip
+
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(self.names)), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, rewards: Tensor, policy: Logps) -> None:
+        """Add a batch: losses (B,), rewards (B, K) and the policy's log-probabilities (B, K)."""
+        others = policy.length[:, 1:] > 0
+        rejected_rewards = _mean(rewards[:, 1:], others)
+        values = (
+            loss,
+            rewards[:, 0],
+            rejected_rewards,
+            pair_accuracy(rewards, policy.length > 0),
+            rewards[:, 0] - rejected_rewards,
+            policy.total[:, 0],
+            _mean(policy.total[:, 1:], others),
+        )
+        self.sums += torch.stack([value.detach().float().sum() for value in values])
+        self.count += len(loss)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over all examples, by name."""
+        return dict(zip(self.names, self.sums / self.count, strict=True))
+
+
+class TokenMetrics(Metric):
+    """Loss in nats a token and perplexity, over all tokens."""
+
+    full_state_update = False
+
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, policy: Logps) -> None:
+        """Add a batch."""
+        self.nll -= policy.total.detach().float().sum()
+        self.tokens += policy.length.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss`` and ``perplexity``."""
+        loss = self.nll / self.tokens
+        return {"loss": loss, "perplexity": loss.exp()}
+
+
+def pair_accuracy(rewards: Tensor, present: Tensor) -> Tensor:
+    """Share of the pairs of an example that rewards order rightly, ties one half, (B, K) to (B,)."""
+    first, second = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1, device=rewards.device)
+    right = (1 + torch.sign(rewards[:, first] - rewards[:, second])) / 2
+    return _mean(right, present[:, first] & present[:, second])
+
+
+def _mean(values: Tensor, present: Tensor) -> Tensor:
+    """Mean over the last dimension of what is present."""
+    return torch.where(present, values, 0.0).sum(-1) / present.sum(-1).clamp(min=1)

@@ -1,0 +1,1 @@
+"""What holds weights: how a policy is built, and the engine that turns batches into log-probabilities."""

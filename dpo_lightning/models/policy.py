@@ -1,0 +1,114 @@
+"""The log-prob engine: any Hugging Face decoder, a batch in, summed log-probabilities of its responses out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.functional.attention import RaggedLayout
+from dpo_lightning.functional.logps import sum_by_owner, token_logps
+from dpo_lightning.models.seam import ATTENTION, stream_mask
+
+Layout = Literal["stream", "rows"]
+
+
+class CausalPolicy(nn.Module):
+    """A causal language model that scores responses.
+
+    Args:
+        model: A Hugging Face model with a language-modelling head.
+        layout: How tokens are laid out for the model. ``stream`` runs each prompt once and needs a model whose
+            attention goes through transformers' attention interface; ``rows`` pads every sequence into a row of
+            its own and works for any decoder. Whether a family may use ``stream`` is not a matter of its name:
+            :func:`dpo_lightning.models.selfcheck.choose_layout` finds out.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout = "stream") -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = layout
+        self.logit_scale, self.logit_softcap = logit_constants(model.config)
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        if layout == "stream":
+            model.set_attn_implementation(ATTENTION)
+
+    def forward(self, batch: PreferenceBatch) -> Logps:
+        """Log-probabilities of every response, summed over its tokens, fp32 or wider, shape ``(B, K)``."""
+        return Logps(sum_by_owner(self.token_logps(batch), batch.owner, batch.length.shape), batch.length)
+
+    def token_logps(self, batch: PreferenceBatch) -> Tensor:
+        """Log-probability of every response token in the order of ``batch.target``, shape ``(N,)``."""
+        hidden, source = self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)
+        head = self.model.get_output_embeddings()
+        return token_logps(
+            hidden.index_select(0, source),
+            batch.target,
+            head.weight,
+            getattr(head, "bias", None),
+            scale=self.logit_scale,
+            softcap=self.logit_softcap,
+        )
+
+    def _read_stream(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of the stream, (T, D), and where in them the predictors of response tokens stand, (N,)."""
+        layout = RaggedLayout(batch.spans, batch.key_index, batch.max_query, batch.max_key)
+        output = self.model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=stream_mask(batch.input_ids.device),
+            use_cache=False,
+            ragged_layout=layout,
+        )
+        return output.last_hidden_state[0], batch.source
+
+    def _read_rows(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """The same from one padded row a sequence: hidden states (S * L, D) and positions in them (N,)."""
+        rows, mask, source = padded_rows(batch)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": mask, "use_cache": False}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        return hidden.flatten(0, 1), source
+
+
+def padded_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """A stream unrolled into one row a sequence, padded at the right, without a word to the host.
+
+    Returns:
+        Flat stream positions, shape ``(S, max_key)`` (padding repeats position 0); the attention mask, int64, same
+        shape; and for every response token the flat position in these rows that predicts it, shape ``(N,)``.
+    """
+    start, end, prefix_start, prefix_end = batch.spans.unbind(1)
+    length = end - start + prefix_end - prefix_start
+    column = torch.arange(batch.max_key, device=length.device)
+    mask = column < length[:, None]
+    offset = torch.cumsum(length, 0) - length
+    index = torch.where(mask, offset[:, None] + column, 0)
+    rows = index if batch.key_index is None else batch.key_index[index]
+
+    responses = batch.length.flatten()
+    row_of_response = torch.cumsum(responses > 0, 0) - 1
+    first_token = torch.cumsum(responses, 0) - responses
+    row = row_of_response[batch.owner]
+    rank = torch.arange(len(batch.owner), device=row.device) - first_token[batch.owner]
+    source = row * batch.max_key + length[row] - responses[batch.owner] + rank - 1
+    return torch.where(mask, rows, 0), mask.long(), source
+
+
+def logit_constants(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Factor and final softcap that a family applies between its output head and its logits.
+
+    Cohere and Cohere 2 multiply (``logit_scale``), Falcon-H1 multiplies (``lm_head_multiplier``), Granite divides
+    (``logits_scaling``); Gemma 2, Gemma 3 and RecurrentGemma cap. That nothing is missing here is what
+    the self-check finds out.
+    """
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return float(scale), softcap

@@ -1,0 +1,128 @@
+"""How a policy is built: a cheap recipe that YAML injects; the weights come when a strategy asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.models.policy import CausalPolicy, Layout
+from dpo_lightning.models.selfcheck import choose_layout
+from dpo_lightning.paths import resolve
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """A causal language model and how it is loaded.
+
+    Args:
+        path: A Hugging Face folder, the name of a model on the hub, or package:NAME for one that this package brings.
+        revision: Branch, tag or commit on the hub.
+        tokenizer: Folder or hub name of the tokenizer, if it does not lie with the model.
+        dtype: Dtype of the weights. Train float32 weights with `trainer.precision: bf16-mixed`: updates at the
+            learning rates of preference optimisation are smaller than bfloat16 can add to a weight.
+        random_init: Start from random weights of the same config instead of the pretrained ones.
+        layout: stream runs every prompt once, rows pads each response into a row; auto takes the stream where a
+            check on a small random model of the same config proves it right.
+        activation_checkpointing: Compute each layer's activations again in backward instead of keeping them.
+        dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios.
+        trust_remote_code: Run model code that comes with the weights.
+        allow_pickle: Also load weights that are not safetensors; such files can run code.
+    """
+
+    path: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    random_init: bool = False
+    layout: Literal["auto", "stream", "rows"] = "auto"
+    activation_checkpointing: bool = False
+    dropout: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def build(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None) -> CausalPolicy:
+        """The policy in training mode, on the current default device.
+
+        Args:
+            device: Where it will run, which is where the layout is checked.
+            compute_dtype: Dtype of its matrix products, if not that of its weights.
+
+        Raises:
+            UsageError: If there is no such model.
+        """
+        config = self.load_config()
+        layout = self._layout(config, device, compute_dtype)
+        policy = CausalPolicy(self._load_model(config), layout)
+        if self.activation_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return policy.train()
+
+    def load_config(self) -> PretrainedConfig:
+        """The model's config, dropout set to zero unless it is kept."""
+        config = self._from_pretrained(AutoConfig, self.path)
+        if not self.dropout:
+            _set_dropout_to_zero(config.get_text_config())
+        return config  # type: ignore[no-any-return]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model."""
+        return self._from_pretrained(AutoTokenizer, self.tokenizer or self.path)  # type: ignore[no-any-return]
+
+    def _layout(
+        self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None
+    ) -> Layout:
+        if self.layout != "auto":
+            return self.layout
+        dtype = compute_dtype or getattr(torch, self.dtype)
+        verdict = choose_layout(config, device=device, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        log.log(logging.INFO if verdict.layout == "stream" else logging.WARNING, str(verdict))
+        return verdict.layout
+
+    def _load_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        dtype = getattr(torch, self.dtype)
+        if self.random_init:
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+                config, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+        weights = {} if self.allow_pickle else {"use_safetensors": True}
+        return self._from_pretrained(  # type: ignore[no-any-return]
+            AutoModelForCausalLM, self.path, config=config, dtype=dtype, **weights
+        )
+
+    def _from_pretrained(self, auto: Any, path: str, **kwargs: Any) -> Any:
+        location = Path(resolve(path)).expanduser()
+        local = location.is_dir()
+        if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))) and "/" in path:
+            raise UsageError(f"`policy.path`: there is no folder {path}, and it is no name on a hub (owner/model).")
+        try:
+            return auto.from_pretrained(
+                str(location) if local else path,
+                revision=self.revision,
+                local_files_only=local,
+                trust_remote_code=self.trust_remote_code,
+                **kwargs,
+            )
+        except (OSError, ValueError) as error:
+            where = f"folder {path}" if local else f"{path}, which is no folder here and could not be had from a hub"
+            raise UsageError(f"`policy.path`: cannot load {auto.__name__} from {where}: {error}") from error
+
+
+def _set_dropout_to_zero(config: PretrainedConfig) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+
+
+def at(spec: PolicySpec, path: str, revision: str | None) -> PolicySpec:
+    """The same recipe for another model."""
+    return dataclasses.replace(spec, path=path, revision=revision, random_init=False)

@@ -1,0 +1,1 @@
+"""LightningModules: they only connect a policy, a loss and metrics."""

@@ -1,0 +1,230 @@
+"""What every module shares: building the policy, optimisation in steps, throughput, metrics, plain checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.errors import UsageError
+from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.recipes import from_plain, to_plain
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class PolicyModule(LightningModule):
+    """A policy, its optimizer and its metrics; subclasses say what the loss is.
+
+    Args:
+        policy: The model and how it is loaded.
+        lr: Learning rate of the default optimizer, AdamW without weight decay; 1e-6 where nothing is given.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        schedule: What the learning rate does after warm-up: stay, or fall to 0 at the last step.
+        optimizer: Another optimizer, with its learning rate.
+        lr_scheduler: Another schedule, in steps; replaces warmup_steps and schedule.
+    """
+
+    policy: CausalPolicy | None
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        lr: float | None = None,
+        warmup_steps: int = 0,
+        schedule: Schedule = "constant",
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if optimizer is not None and lr is not None:
+            raise UsageError("Both `lr` and `optimizer` are given; set the learning rate in `optimizer.init_args.lr`.")
+        if lr_scheduler is not None and (warmup_steps or schedule != "constant"):
+            raise UsageError("Both `lr_scheduler` and `warmup_steps` or `schedule` are given; keep one of the two.")
+        if lr is not None and lr <= 0:
+            raise UsageError(f"`lr` must be positive, got {lr}; DPO uses about {DEFAULT_LR}.")
+        if warmup_steps < 0:
+            raise UsageError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
+        self.spec = from_plain(policy, PolicySpec)
+        self.lr = DEFAULT_LR if lr is None else lr
+        self.warmup_steps, self.schedule = warmup_steps, schedule
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.policy = None
+        self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("train", "validate", "test")})
+        self._throughput = _Throughput()
+        self.record(policy=self.spec, lr=lr, warmup_steps=warmup_steps, schedule=schedule)
+
+    def record(self, **hyperparameters: Any) -> None:
+        """Keep hyperparameters as plain data, so that checkpoints load with ``weights_only=True``."""
+        self.save_hyperparameters({name: to_plain(value) for name, value in hyperparameters.items()})
+
+    def make_metric(self) -> Metric:
+        """The metric of a stage; its ``compute`` gives a dictionary."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Build the policy, unless there is one."""
+        if self.policy is None:
+            self.policy = self.load(self.spec)
+            self._warn_of_rounding()
+
+    def load(self, spec: PolicySpec) -> CausalPolicy:
+        """Build a model for this module's device and precision."""
+        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        return spec.build(device, self._compute_dtype())
+
+    def forward(self, batch: PreferenceBatch) -> Logps:
+        """Log-probabilities of the policy, shape ``(B, K)``."""
+        if self.policy is None:
+            self.configure_model()
+        return self.policy(batch)  # type: ignore[misc, no-any-return]
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._throughput.start()
+
+    def on_validation_start(self) -> None:
+        """Validation does not count as training time."""
+        self._throughput.pause()
+
+    def on_validation_end(self) -> None:
+        """Training goes on."""
+        self._throughput.resume()
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Count what the step will do; shapes are known on the host."""
+        self._throughput.count(batch.length.shape[0], batch.input_ids.shape[0])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
+        if not self.log_is_due:
+            return
+        metric = self.metrics["train"]
+        for name, value in metric.compute().items():
+            self.log(f"train/{name}", value, prog_bar=name in self.progress_names)
+        metric.reset()
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        for name, value in self._throughput.per_second().items():
+            self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
+
+    progress_names: tuple[str, ...] = ("loss",)
+
+    @property
+    def log_is_due(self) -> bool:
+        """Whether the optimizer step under way is one that the Trainer logs."""
+        step = self.trainer.global_step + 1
+        return step % self.trainer.log_every_n_steps == 0 or step == 1
+
+    def on_validation_epoch_end(self) -> None:
+        """Log validation metrics over the whole set and all ranks."""
+        self._log_stage("validate", "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test metrics over the whole set and all ranks."""
+        self._log_stage("test", "test")
+
+    def _log_stage(self, stage: str, prefix: str) -> None:
+        metric = self.metrics[stage]
+        for name, value in metric.compute().items():
+            self.log(f"{prefix}/{name}", value, prog_bar=name in self.progress_names)
+        metric.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW without weight decay and a schedule in steps, or what was given."""
+        assert self.policy is not None
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        if self.make_optimizer is None:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        else:
+            optimizer = self.make_optimizer(parameters)
+        if self.make_lr_scheduler is None:
+            scheduler: Any = LambdaLR(optimizer, self._lr_factor())
+        else:
+            scheduler = self.make_lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self) -> Callable[[int], float]:
+        """Factor of the learning rate by optimizer step.
+
+        The total is asked for at the first step that needs it, never here: asking sets up the data loaders, and
+        inside ``configure_optimizers`` that would lose the state from which they resume.
+        """
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            if self.schedule == "constant" or step == self.warmup_steps:
+                return 1.0
+            done = min(1.0, (step - self.warmup_steps) / max(1, self._total_steps() - self.warmup_steps))
+            return 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+        return factor
+
+    def _total_steps(self) -> float:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UsageError(f"`schedule: {self.schedule}` needs an end; set `trainer.max_steps` or `max_epochs`.")
+        return total
+
+    def _compute_dtype(self) -> torch.dtype | None:
+        """Dtype of matrix products where the Trainer's precision says so."""
+        precision = "32" if self._trainer is None else str(self.trainer.precision)
+        return {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
+
+    def _warn_of_rounding(self) -> None:
+        precision = "" if self._trainer is None else str(self.trainer.precision)
+        if self.spec.dtype != "float32" or precision in ("bf16-true", "16-true"):
+            log.warning(
+                "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
+                "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
+            )
+
+
+class _Throughput:
+    """Pairs and tokens a second between log lines, validation not counted."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._pairs = self._tokens = 0
+        self._since, self._paused = time.perf_counter(), None
+        self._paused: float | None
+
+    def pause(self) -> None:
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        if self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+        self._paused = None
+
+    def count(self, pairs: int, tokens: int) -> None:
+        self._pairs += pairs
+        self._tokens += tokens
+
+    def per_second(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds}
+        self.start()
+        return rates
+
+

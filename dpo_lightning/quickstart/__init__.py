@@ -1,0 +1,1 @@
+"""The quickstart experiment: DPO towards positive film reviews, from nothing and offline."""

@@ -1,0 +1,54 @@
+"""Recipes as plain data: what a checkpoint keeps of the dataclasses that configured a module.
+
+Checkpoints are loaded with ``weights_only=True``, so they may hold numbers, strings, lists and dictionaries alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from typing import Any, TypeVar
+
+from dpo_lightning.errors import UsageError
+
+T = TypeVar("T")
+
+
+def to_plain(recipe: Any) -> Any:
+    """A dataclass as ``{"class_path": ..., "init_args": ...}``, nested ones too; plain values as they are."""
+    if dataclasses.is_dataclass(recipe) and not isinstance(recipe, type):
+        fields = {field.name: to_plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+        cls = type(recipe)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": fields}
+    return recipe
+
+
+def from_plain(value: Any, base: type[T]) -> T:
+    """The recipe that :func:`to_plain` wrote down; a recipe is handed through.
+
+    A checkpoint must not choose code to run, so a class of another package is only taken once its module is
+    imported.
+    """
+    if isinstance(value, base):
+        return value
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a {base.__name__}, got {type(value).__name__}: {value!r}")
+    if "class_path" not in value:
+        return base(**value)
+    module_name, _, name = value["class_path"].rpartition(".")
+    if module_name.split(".")[0] == __package__:
+        importlib.import_module(module_name)
+    cls = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UsageError(
+            f"The checkpoint was made with {value['class_path']}, which is not an imported subclass of "
+            f"{base.__name__}. Import {module_name} before loading, or pass your own object to load_from_checkpoint."
+        )
+    return cls(**{key: _nested(item) for key, item in value.get("init_args", {}).items()})
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
+        return from_plain(value, object)
+    return value
