@@ -1,0 +1,19 @@
+"""Direct preference optimisation (arXiv:2305.18290) and its family as PyTorch Lightning modules."""
+
+from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.modules.dpo import DPOModule
+from dpo_lightning.modules.sft import SFTModule
+
+__version__ = "0.1.0"
+__all__ = [
+    "CausalPolicy",
+    "DPOModule",
+    "Logps",
+    "PolicySpec",
+    "PreferenceBatch",
+    "PreferenceDataModule",
+    "SFTModule",
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.batch import Logps
+from dpo_lightning.errors import UsageError
 from dpo_lightning.functional import preference
 
 
@@ -42,7 +43,7 @@ class PairwiseLoss(PreferenceLoss):
     def __call__(self, policy: Logps, reference: Logps | None) -> Tensor:
         """One loss an example, shape ``(B,)``; needs K = 2."""
         if policy.total.shape[1] != 2:
-            raise ValueError(
+            raise UsageError(
                 f"{type(self).__name__} compares two responses, but this batch has up to {policy.total.shape[1]} a "
                 "prompt. Keep the two best by `data.num_responses: 2`, or use PlackettLuceLoss for whole rankings."
             )
@@ -63,7 +64,7 @@ def log_ratios(policy: Logps, reference: Logps | None) -> Tensor:
 
 def _require(value: bool, name: str, expected: str, got: object, remedy: str) -> None:
     if not value:
-        raise ValueError(f"`{name}` must be {expected}, got {got}; {remedy}.")
+        raise UsageError(f"`{name}` must be {expected}, got {got}; {remedy}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,7 @@ class Reference(ABC):
         """Whether the reference is the policy as training found it, so that all margins start at 0."""
 
     @abstractmethod
-    def build(
-        self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]
-    ) -> FrozenPolicy:
+    def build(self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]) -> FrozenPolicy:
         """The frozen model.
 
         Args:
@@ -57,9 +55,7 @@ class FrozenCopy(Reference):
         """True without a path."""
         return self.path is None
 
-    def build(
-        self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]
-    ) -> FrozenPolicy:
+    def build(self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]) -> FrozenPolicy:
         """A deep copy, or the model at the path."""
         return FrozenPolicy(copy.deepcopy(policy) if self.path is None else load(at(spec, self.path, self.revision)))
 
@@ -79,7 +75,7 @@ class FrozenPolicy(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Logps:
         """Log-probabilities without gradients."""
         with torch.no_grad():
-            return self.policy(batch)  # type: ignore[no-any-return]
+            return self.policy(batch)
 
     def train(self, mode: bool = True) -> FrozenPolicy:
         """Stays in evaluation mode, whatever is asked."""

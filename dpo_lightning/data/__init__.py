@@ -1,0 +1,1 @@
+"""From the rows of a source to batches: record, example, tokens, stream."""

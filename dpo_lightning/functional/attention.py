@@ -226,19 +226,17 @@ def _varlen(
         key, value = (states.repeat_interleave(heads // states.shape[-2], dim=-2) for states in (key, value))
     if "scale" not in keywords and scale != head_size**-0.5:
         query = query * (scale * head_size**0.5)
-    return kernel(
-        query, key, value, layout.cu_query, layout.cu_key, layout.max_query, layout.max_key, **keywords
-    )
+    return kernel(query, key, value, layout.cu_query, layout.cu_key, layout.max_query, layout.max_key, **keywords)
 
 
 @functools.cache
-def _varlen_kernel() -> Callable[..., Tensor] | None:
+def _varlen_kernel() -> Callable[..., Any] | None:
     """``varlen_attn`` of this PyTorch; ``None`` where it has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn  # type: ignore[no-any-return]
+    return varlen_attn
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dropout: float) -> Tensor:

@@ -44,7 +44,7 @@ def token_logps(
     Returns:
         Log-probabilities in nats, fp32 or wider, shape ``(N,)``.
     """
-    return _TokenLogps.apply(hidden, target, weight, bias, scale, softcap, chunk_bytes)  # type: ignore[no-any-return]
+    return _TokenLogps.apply(hidden, target, weight, bias, scale, softcap, chunk_bytes)
 
 
 def sum_by_owner(values: Tensor, owner: Tensor, shape: torch.Size) -> Tensor:
@@ -87,7 +87,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, target, weight, bias, normalizer = ctx.saved_tensors
         wide = normalizer.dtype
         needs_hidden, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]

@@ -37,9 +37,16 @@ def attention_forward(
     """Attention as transformers calls it, states (batch, heads, length, size); returns (batch, length, heads, size)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if ragged_layout is not None:
-        states = (part[0].transpose(0, 1) for part in (query, key, value))
         out = ragged_causal_attention(
-            *states, ragged_layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux, dropout=dropout
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            ragged_layout,
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+            dropout=dropout,
         )
         return out[None], None
     if softcap is None and s_aux is None:
@@ -47,9 +54,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    out = plain_attention(
-        query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=s_aux, dropout=dropout
-    )
+    out = plain_attention(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=s_aux, dropout=dropout)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -86,7 +86,8 @@ def choose_layout(
     with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False), torch.no_grad(), _quiet():
         torch.manual_seed(0)
         try:
-            model = miniature(config, trust_remote_code).to(device)
+            model = miniature(config, trust_remote_code)
+            model.to(device)  # type: ignore[arg-type]
         except LookupError as error:
             return Verdict("rows", family, reason=str(error))
         batch = _batch(device)
@@ -113,9 +114,9 @@ def choose_layout(
             )
             return Verdict("rows", family, difference, sensitivity, reason)
         if dtype != torch.float32:
-            error = kernel_error(model.config, device, dtype)
-            if not error <= 1 / SENSITIVITY:
-                reason = f"its {dtype} attention kernel on {device.type} is wrong by a share of {error:.1e}"
+            wrong_by = kernel_error(model.config, device, dtype)
+            if not wrong_by <= 1 / SENSITIVITY:
+                reason = f"its {dtype} attention kernel on {device.type} is wrong by a share of {wrong_by:.1e}"
                 return Verdict("rows", family, difference, sensitivity, reason)
         return Verdict("stream", family, difference, sensitivity)
 
@@ -174,7 +175,9 @@ def kernel_error(config: PretrainedConfig, device: torch.device, dtype: torch.dt
     states = [torch.randn(len(batch.input_ids), count, size, device=device) for count in (heads, kv_heads, kv_heads)]
     errors = []
     for window in (None, WINDOW) if getattr(config, "sliding_window", None) else (None,):
-        exact, wrong = (_written_out(states, spans, window) for spans in (batch.spans, next(wrong_batches(batch)).spans))
+        exact, wrong = (
+            _written_out(states, spans, window) for spans in (batch.spans, next(wrong_batches(batch)).spans)
+        )
         layout = RaggedLayout(batch.spans, batch.key_index, batch.max_query, batch.max_key)
         query, key, value = (part.to(dtype) for part in states)
         out = ragged_causal_attention(query, key, value, layout, scale=size**-0.5, window=window)
@@ -194,7 +197,11 @@ def _written_out(states: list[Tensor], spans: Tensor, window: int | None) -> Ten
 
 def _batch(device: torch.device) -> PreferenceBatch:
     """The stream of :data:`EXAMPLES`, random tokens; written out here because models do not know the collator."""
-    spans, keys, positions, sources, lengths = [], [], [], [], []
+    spans: list[tuple[int, int, int, int]] = []
+    keys: list[int] = []
+    positions: list[int] = []
+    sources: list[int] = []
+    lengths: list[list[int]] = []
     cursor = 0
     for prompt, responses in EXAMPLES:
         first, cursor = cursor, cursor + prompt
@@ -212,10 +219,19 @@ def _batch(device: torch.device) -> PreferenceBatch:
     source = torch.tensor(sources)
     owner = torch.repeat_interleave(length.flatten())
     target = torch.cat([input_ids[end - n : end] for (_, end, _, _), n in zip(spans, length[length > 0], strict=True)])
-    tensors = (input_ids, torch.tensor(positions), torch.tensor(spans), torch.tensor(keys), source, target, owner, length)
-    max_query, max_key = (max(p + r[0] for p, r in EXAMPLES), max(p + max(r) for p, r in EXAMPLES))
-    moved = [tensor.to(device) for tensor in tensors]
-    return PreferenceBatch(*moved, row=torch.arange(len(EXAMPLES)), max_query=max_query, max_key=max_key)
+    return PreferenceBatch(
+        input_ids=input_ids.to(device),
+        position_ids=torch.tensor(positions, device=device),
+        spans=torch.tensor(spans, device=device),
+        key_index=torch.tensor(keys, device=device),
+        source=source.to(device),
+        target=target.to(device),
+        owner=owner.to(device),
+        length=length.to(device),
+        row=torch.arange(len(EXAMPLES), device=device),
+        max_query=max(prompt + responses[0] for prompt, responses in EXAMPLES),
+        max_key=max(prompt + max(responses) for prompt, responses in EXAMPLES),
+    )
 
 
 def _shrink(config: PretrainedConfig, *, width: bool, layers: int | None) -> PretrainedConfig:
@@ -305,8 +321,9 @@ def _wrong_windows(model: PreTrainedModel) -> Iterator[CausalPolicy]:
         return
     config = copy.deepcopy(model.config)
     config.sliding_window += 1
-    wider = _build(config, trust_remote_code=False).to(model.device).eval()
+    wider = _build(config, trust_remote_code=False).eval()
     wider.load_state_dict(model.state_dict())
+    wider.to(model.device)
     yield CausalPolicy(wider, "stream")
 
 

@@ -72,11 +72,11 @@ class PolicySpec:
         config = self._from_pretrained(AutoConfig, self.path)
         if not self.dropout:
             _set_dropout_to_zero(config.get_text_config())
-        return config  # type: ignore[no-any-return]
+        return config
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model."""
-        return self._from_pretrained(AutoTokenizer, self.tokenizer or self.path)  # type: ignore[no-any-return]
+        return self._from_pretrained(AutoTokenizer, self.tokenizer or self.path)
 
     def _layout(
         self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None
@@ -91,13 +91,9 @@ class PolicySpec:
     def _load_model(self, config: PretrainedConfig) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype)
         if self.random_init:
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
-                config, dtype=dtype, trust_remote_code=self.trust_remote_code
-            )
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         weights = {} if self.allow_pickle else {"use_safetensors": True}
-        return self._from_pretrained(  # type: ignore[no-any-return]
-            AutoModelForCausalLM, self.path, config=config, dtype=dtype, **weights
-        )
+        return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **weights)
 
     def _from_pretrained(self, auto: Any, path: str, **kwargs: Any) -> Any:
         location = Path(resolve(path)).expanduser()

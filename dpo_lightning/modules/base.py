@@ -65,7 +65,7 @@ class PolicyModule(LightningModule):
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.policy = None
-        self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("train", "validate", "test")})
+        self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
         self._throughput = _Throughput()
         self.record(policy=self.spec, lr=lr, warmup_steps=warmup_steps, schedule=schedule)
 
@@ -76,6 +76,10 @@ class PolicyModule(LightningModule):
     def make_metric(self) -> Metric:
         """The metric of a stage; its ``compute`` gives a dictionary."""
         raise NotImplementedError
+
+    def metric(self, stage: str) -> Any:
+        """The metric that collects a stage: fit, validate or test."""
+        return self.metrics[stage]
 
     def configure_model(self) -> None:
         """Build the policy, unless there is one."""
@@ -92,7 +96,7 @@ class PolicyModule(LightningModule):
         """Log-probabilities of the policy, shape ``(B, K)``."""
         if self.policy is None:
             self.configure_model()
-        return self.policy(batch)  # type: ignore[misc, no-any-return]
+        return self.policy(batch)  # type: ignore[misc]
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
@@ -114,7 +118,7 @@ class PolicyModule(LightningModule):
         """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
         if not self.log_is_due:
             return
-        metric = self.metrics["train"]
+        metric = self.metric("fit")
         for name, value in metric.compute().items():
             self.log(f"train/{name}", value, prog_bar=name in self.progress_names)
         metric.reset()
@@ -129,7 +133,7 @@ class PolicyModule(LightningModule):
     def log_is_due(self) -> bool:
         """Whether the optimizer step under way is one that the Trainer logs."""
         step = self.trainer.global_step + 1
-        return step % self.trainer.log_every_n_steps == 0 or step == 1
+        return step % self.trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self) -> None:
         """Log validation metrics over the whole set and all ranks."""
@@ -140,7 +144,7 @@ class PolicyModule(LightningModule):
         self._log_stage("test", "test")
 
     def _log_stage(self, stage: str, prefix: str) -> None:
-        metric = self.metrics[stage]
+        metric = self.metric(stage)
         for name, value in metric.compute().items():
             self.log(f"{prefix}/{name}", value, prog_bar=name in self.progress_names)
         metric.reset()
@@ -206,8 +210,8 @@ class _Throughput:
 
     def start(self) -> None:
         self._pairs = self._tokens = 0
-        self._since, self._paused = time.perf_counter(), None
-        self._paused: float | None
+        self._since = time.perf_counter()
+        self._paused: float | None = None
 
     def pause(self) -> None:
         self._paused = time.perf_counter()
@@ -226,5 +230,3 @@ class _Throughput:
         rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds}
         self.start()
         return rates
-
-

@@ -44,7 +44,7 @@ class DPOModule(PolicyModule):
     Args:
         policy: The model and how it is loaded.
         loss: The objective, such as DPOLoss.
-        reference: Where reference log-probabilities come from; not used by losses without a reference.
+        reference: Where reference log-probabilities come from; a FrozenCopy of the policy unless named.
         **optimization: Learning rate and schedule, as in PolicyModule.
     """
 
@@ -55,13 +55,12 @@ class DPOModule(PolicyModule):
         self,
         policy: PolicySpec,
         loss: PreferenceLoss,
-        reference: Reference = FrozenCopy(),  # noqa: B008  (frozen, so it may be shared)
+        reference: Reference | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(policy, **optimization)
-        # jsonargparse instantiates generic mypy-unknown types; ABC has no constructor of its own to call.
         self.loss = from_plain(loss, PreferenceLoss)  # type: ignore[type-abstract]
-        self.reference = from_plain(reference, Reference)  # type: ignore[type-abstract]
+        self.reference = from_plain(reference or FrozenCopy(), Reference)  # type: ignore[type-abstract]
         self.reference_policy = None
         self._reference_checked = self._holds_trained_weights = False
         self._expected_fingerprint: str | None = None
@@ -88,7 +87,7 @@ class DPOModule(PolicyModule):
         """Mean loss over the examples of a batch."""
         if not self._reference_checked:
             self._check_reference(batch)
-        return self._step("train", batch)
+        return self._step("fit", batch)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Collect metrics of a batch."""
@@ -108,7 +107,7 @@ class DPOModule(PolicyModule):
         if not self.loss.needs_reference:
             return None
         self._build_reference()
-        return self.reference_policy(batch)  # type: ignore[misc, no-any-return]
+        return self.reference_policy(batch)  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's fingerprint instead of its weights."""
@@ -129,7 +128,7 @@ class DPOModule(PolicyModule):
         reference = self.reference_logps(batch)
         loss = self.loss(policy, reference)
         with torch.no_grad():
-            self.metrics[stage].update(loss, self.loss.rewards(policy, reference), policy)
+            self.metric(stage).update(loss, self.loss.rewards(policy, reference), policy)
         return loss.mean()
 
     def _build_reference(self) -> None:

@@ -19,7 +19,7 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Negative log-likelihood a response token, in nats."""
-        return self._step("train", batch)
+        return self._step("fit", batch)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Collect metrics of a batch."""
@@ -31,9 +31,9 @@ class SFTModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Log-probability of every response, shape ``(B, K)``."""
-        return self(batch).total  # type: ignore[no-any-return]
+        return self(batch).total
 
     def _step(self, stage: str, batch: PreferenceBatch) -> Tensor:
         policy = self(batch)
-        self.metrics[stage].update(policy)
+        self.metric(stage).update(policy)
         return -policy.total.sum() / policy.length.sum()

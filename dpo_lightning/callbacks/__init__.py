@@ -1,0 +1,7 @@
+"""Callbacks for any Trainer: samples, export, a progress bar with short names."""
+
+from dpo_lightning.callbacks.export import ExportHF
+from dpo_lightning.callbacks.progress import ProgressBar
+from dpo_lightning.callbacks.samples import LogSamples
+
+__all__ = ["ExportHF", "LogSamples", "ProgressBar"]

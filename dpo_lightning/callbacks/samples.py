@@ -1,0 +1,163 @@
+"""What the policy writes before, during and after training."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dpo_lightning.data.collate import collate
+from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.data.sources import Files
+from dpo_lightning.errors import UsageError
+from dpo_lightning.generation import Continuation, sample
+from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.modules.dpo import DPOModule
+
+KL_BATCH = 64
+
+
+class LogSamples(Callback):
+    """Continue held-out prompts before training, at every validation and after training.
+
+    Logs samples as text and, as scalars, their mean length, the share of them unlike every other, the
+    sequence-level KL to the reference (samples at temperature 1 and top_p 1 only), and what a score function says.
+    Prints a table of some of them before and after.
+
+    Args:
+        prompts: Prompts, or the path of a file of rows with a column prompt.
+        score: Function from prompt and continuation, joined, to a number; above 0 counts as positive.
+        max_new_tokens: Most tokens of a continuation.
+        temperature: 1 samples from the model's own distribution, 0 takes the likeliest token.
+        top_p: Sample from the smallest set of tokens that holds this probability.
+        num_shown: Continuations in the table and among the logged texts.
+        seed: Seed of the samples, the same before and after.
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        score: Callable[[str], float] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        num_shown: int = 6,
+        seed: int = 0,
+    ) -> None:
+        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
+        self.score = score
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.num_shown, self.seed = num_shown, seed
+        self.before: tuple[list[Continuation], dict[str, float]] | None = None
+        self.after: tuple[list[Continuation], dict[str, float]] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        """Sample from the policy as training finds it."""
+        self.before = self._sample(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        """Sample from the policy as it stands."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.after = self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        """Sample from the trained policy and print the table."""
+        self.after = self._sample(trainer, pl_module)
+        if trainer.is_global_zero:
+            print(self.table())
+
+    def table(self) -> str:
+        """Some prompts with their continuations before and after, and what was measured over all of them."""
+        assert self.before is not None
+        assert self.after is not None
+        width = max(60, shutil.get_terminal_size((100, 24)).columns)
+        lines = ["", "Held-out prompts, continued before and after training"]
+        shown = zip(self.prompts, self.before[0], self.after[0], strict=True)
+        for prompt, before, after in list(shown)[: self.num_shown]:
+            lines.append(f"\n  {prompt} ...")
+            for label, continuation in (("before", before), ("after", after)):
+                score = "" if self.score is None else f"{self.score(prompt + continuation.text):+.2f} "
+                head = f"    {label:6} {score}"
+                text = "..." + continuation.text.replace("\n", " ")
+                lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+        lines.append(f"\n  {'over all ' + str(len(self.prompts)):24}{'before':>10}{'after':>10}")
+        names = {"score": "mean score", "positive": "share positive", "distinct": "share distinct",
+                 "kl": "KL to reference, nats", "length": "tokens"}  # fmt: skip
+        for name, label in names.items():
+            if name in self.after[1]:
+                lines.append(f"  {label:24}{self.before[1][name]:10.3f}{self.after[1][name]:10.3f}")
+        return "\n".join(lines)
+
+    def _sample(self, trainer: Trainer, module: PolicyModule) -> tuple[list[Continuation], dict[str, float]]:
+        assert module.policy is not None
+        continuations = sample(
+            module.policy.model,
+            module.spec.load_tokenizer(),
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        figures = self._measure(module, continuations)
+        self._log(trainer, continuations, figures)
+        return continuations, figures
+
+    def _measure(self, module: PolicyModule, continuations: Sequence[Continuation]) -> dict[str, float]:
+        texts = [continuation.text for continuation in continuations]
+        figures = {
+            "length": sum(len(continuation.ids) for continuation in continuations) / len(texts),
+            "distinct": len(set(texts)) / len(texts),
+        }
+        if self.score is not None:
+            scores = [self.score(prompt + text) for prompt, text in zip(self.prompts, texts, strict=True)]
+            figures["score"] = sum(scores) / len(scores)
+            figures["positive"] = sum(score > 0 for score in scores) / len(scores)
+        whole_distribution = self.temperature == 1 and self.top_p == 1
+        if whole_distribution and isinstance(module, DPOModule) and module.loss.needs_reference:
+            figures["kl"] = sequence_kl(module, continuations)
+        return figures
+
+    def _log(self, trainer: Trainer, continuations: Sequence[Continuation], figures: dict[str, float]) -> None:
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics({f"samples/{name}": value for name, value in figures.items()}, step)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                shown = zip(self.prompts[: self.num_shown], continuations, strict=False)
+                text = "\n\n".join(f"{prompt} **{continuation.text.strip()}**" for prompt, continuation in shown)
+                logger.experiment.add_text("samples", text, step)
+
+
+@torch.no_grad()
+def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> float:
+    r"""Estimate of :math:`KL(\pi \| \pi_{ref})` over whole continuations, in nats, from samples of the policy.
+
+    .. math:: \frac{1}{n} \sum_i \log \pi(y_i \mid x_i) - \log \pi_{ref}(y_i \mid x_i)
+    """
+    training, total = module.training, 0.0
+    module.eval()
+    for start in range(0, len(continuations), KL_BATCH):
+        chunk = continuations[start : start + KL_BATCH]
+        examples = [TokenizedExample(c.prompt_ids, [c.ids], start + row) for row, c in enumerate(chunk, start=1)]
+        batch = module.transfer_batch_to_device(collate(examples), module.device, 0)
+        reference = module.reference_logps(batch)
+        assert reference is not None
+        total += (module(batch).total - reference.total).sum().item()
+    module.train(training)
+    return total / len(continuations)
+
+
+def _read_prompts(path: str) -> list[str]:
+    prompts = [row.get("prompt") for row in Files(path)]
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str):
+            raise UsageError(
+                f"{path}, row {number}: LogSamples needs a column 'prompt' that holds text, got {prompt!r}."
+            )
+    if not prompts:
+        raise UsageError(f"{path}: LogSamples needs at least one prompt.")
+    return prompts  # type: ignore[return-value]

@@ -1,0 +1,108 @@
+"""The command line: LightningCLI, with the data module's tokenizer taken from the model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils import logging as transformers_logging
+
+import dpo_lightning.callbacks
+import dpo_lightning.losses  # noqa: F401
+from dpo_lightning.callbacks import ExportHF, ProgressBar
+from dpo_lightning.errors import UsageError
+from dpo_lightning.modules.base import PolicyModule
+
+
+class DPOLightningCLI(LightningCLI):
+    """LightningCLI with one way in for the optimizer, and a report of what was written where."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``optimizer`` and ``lr_scheduler`` beside ``model``, as every LightningCLI has them."""
+        parser.add_argument(
+            "--optimizer", type=OptimizerCallable | None, default=None, help="Instead of AdamW without weight decay."
+        )
+        parser.add_argument(
+            "--lr_scheduler", type=LRSchedulerCallable | None, default=None, help="Instead of warmup_steps, schedule."
+        )
+        for name in ("optimizer", "lr_scheduler"):
+            parser.link_arguments(name, f"model.init_args.{name}")
+        parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_tokenizer_of, apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """What YAML and flags say holds; a checkpoint's hyperparameters do not override it in silence."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with a readable progress bar unless another is asked for."""
+        config = self._get(self.config_init, "trainer")
+        callbacks: list[Callback] = list(config["callbacks"] or [])
+        shown = config["enable_progress_bar"] is not False
+        if shown and not any(isinstance(callback, LightningProgressBar) for callback in callbacks):
+            config["callbacks"] = [*callbacks, ProgressBar()]
+        return super().instantiate_trainer(**kwargs)
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say where things were written."""
+        places = {"Logs": f"{self.trainer.log_dir}   (tensorboard --logdir {self.trainer.log_dir})"}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint):
+                score = (
+                    ""
+                    if callback.best_model_score is None
+                    else f"   ({callback.monitor} {callback.best_model_score:.4f})"
+                )
+                places["Best checkpoint"] = callback.best_model_path + score
+                places["Last checkpoint"] = callback.last_model_path
+            if isinstance(callback, ExportHF) and callback.written:
+                places["Hugging Face folder"] = str(callback.written)
+        print("\nWritten")
+        for name, place in places.items():
+            if place:
+                print(f"  {name:20} {place}")
+
+
+def _tokenizer_of(module: LightningModule) -> Any:
+    return module.spec.load_tokenizer() if isinstance(module, PolicyModule) else None
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point; a mistake of the user's ends with its message alone."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dpo_lightning").setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    # Batches are made of tokens in memory: worker processes would not make them faster.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    try:
+        DPOLightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
+            args=args,
+        )
+    except Exception as error:
+        mistake = _usage_error_in(error)
+        if mistake is None:
+            raise
+        print(f"\nerror: {mistake}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage_error_in(error: BaseException | None) -> UsageError | None:
+    """The user's mistake behind an error, which jsonargparse wraps in errors of its own."""
+    while error is not None and not isinstance(error, UsageError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,167 @@
+"""Preference data for a Trainer: read, tokenised and counted once, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.data.example import PreferenceExample, TokenizedExample
+from dpo_lightning.data.formats import Format, UnusableRow, infer
+from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
+from dpo_lightning.data.report import DataReport
+from dpo_lightning.data.sources import Row, Source, as_source
+from dpo_lightning.data.tokenize import Tokenization
+from dpo_lightning.errors import UsageError
+from dpo_lightning.paths import resolve
+
+AnySource = str | Source | Sequence[Row]
+# The held-out share is the same whatever the seed of a run, so that runs can be compared.
+SPLIT_SEED = 0
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Prompts with ranked responses, as batches for any module of this package.
+
+    A source is the path of a file, or any Source: {class_path: HubDataset, init_args: {name: owner/dataset}}.
+
+    Args:
+        train: Rows to train on.
+        val: Rows to validate on.
+        test: Rows for test, and for predict.
+        tokenizer: The model's tokenizer, or its path; the command line takes it from the model.
+        format: What the columns mean; found from the columns of the first row unless named.
+        val_fraction: Share of the training rows held out for validation, where val is not given.
+        batch_size: Examples in a batch, over all devices together.
+        val_batch_size: The same for validation, test and predict; twice batch_size unless given.
+        max_length: Most tokens of prompt and response together; responses are cut at their right.
+        max_prompt_length: Most tokens of a prompt, which is cut at its left.
+        num_responses: Keep the best so many responses of each example; 1 makes data for SFT.
+        num_workers: Processes that make batches.
+    """
+
+    def __init__(
+        self,
+        train: AnySource | None = None,
+        val: AnySource | None = None,
+        test: AnySource | None = None,
+        *,
+        tokenizer: str | Tokenizer,
+        format: Format | None = None,
+        val_fraction: float = 0.0,
+        batch_size: int = 64,
+        val_batch_size: int | None = None,
+        max_length: int = 512,
+        max_prompt_length: int | None = None,
+        num_responses: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise UsageError(f"`val_fraction` must be in [0, 1), got {val_fraction}; 0.1 holds out a tenth.")
+        if val is not None and val_fraction:
+            raise UsageError("Both `val` and `val_fraction` are given; keep one of the two.")
+        for name, value in (("batch_size", batch_size), ("num_responses", num_responses or 1)):
+            if value < 1:
+                raise UsageError(f"`{name}` must be 1 or more, got {value}.")
+        self.sources = {"train": train, "val": val, "test": test}
+        self.format, self.val_fraction = format, val_fraction
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or 2 * batch_size
+        self.num_responses, self.num_workers = num_responses, num_workers
+        if isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer))
+        self.tokenization = Tokenization(
+            tokenizer=tokenizer, max_length=max_length, max_prompt_length=max_prompt_length
+        )
+        self.examples: dict[str, list[TokenizedExample]] = {}
+        self.reports: list[DataReport] = []
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.tokenization.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs, unless it was read before; the counts are printed once."""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
+        if "val" in splits and self.sources["val"] is None and self.val_fraction:
+            splits = ("train", "val")
+        for split in splits:
+            source = self.sources[split]
+            if source is None or split in self.examples:
+                continue
+            self.examples[split] = self._read(as_source(source))
+            if split == "train" and self.val_fraction:
+                self._hold_out()
+        if splits[0] not in self.examples:
+            raise UsageError(f"There is no data for {stage}: give `data.init_args.{splits[0]}`.")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches, in an order that the run's seed fixes."""
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """Every example once, in order; no loader where there is no validation data."""
+        return self._loader("val", self.val_batch_size) if "val" in self.examples else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Every example once, in order."""
+        return self._loader("test", self.val_batch_size)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Every example once, in order."""
+        return self._loader("test", self.val_batch_size)
+
+    def _read(self, source: Source) -> list[TokenizedExample]:
+        report = DataReport(str(source))
+        examples: list[PreferenceExample] = []
+        shape = self.format
+        for number, row in enumerate(source, start=1):
+            report.rows = number
+            if shape is None:
+                shape = infer(row, str(source))
+            try:
+                example = shape(row, number, str(source))
+            except UnusableRow as reason:
+                report.dropped[str(reason)] += 1
+                continue
+            examples.append(example._replace(responses=example.responses[: self.num_responses]))
+        report.format = type(shape).__name__
+        tokenized = list(self.tokenization(examples, report))
+        self.reports.append(report)
+        rank_zero_info(str(report))
+        if not tokenized:
+            raise UsageError(f"Of {source} no row is left to use.\n{report}")
+        return tokenized
+
+    def _hold_out(self) -> None:
+        examples = self.examples["train"]
+        held_out = round(self.val_fraction * len(examples))
+        if not 0 < held_out < len(examples):
+            raise UsageError(
+                f"`val_fraction` {self.val_fraction} of {len(examples)} examples holds out {held_out}; both parts need "
+                "at least one."
+            )
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+        self.examples["val"] = [examples[index] for index in sorted(order[:held_out])]
+        self.examples["train"] = [examples[index] for index in sorted(order[held_out:])]
+
+    def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
+        rank, world_size, seed, on_gpu = 0, 1, torch.initial_seed(), False
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            seed = self.trainer.strategy.broadcast(seed)
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        if batch_size % world_size:
+            raise UsageError(
+                f"A batch of {batch_size} examples does not divide among {world_size} devices; change "
+                "`data.init_args.batch_size`."
+            )
+        sampler = GlobalBatchSampler(
+            len(self.examples[split]), batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+        )
+        return ResumableLoader(self.examples[split], sampler, num_workers=self.num_workers, pin_memory=on_gpu)

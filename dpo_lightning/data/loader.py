@@ -1,0 +1,102 @@
+"""Batches in an order that depends on seed and epoch alone, and a loader that continues where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.data.collate import collate
+from dpo_lightning.data.example import TokenizedExample
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Global batches of which every rank takes its share.
+
+    Args:
+        num_examples: Size of the data set.
+        batch_size: Examples in a global batch, over all ranks.
+        shuffle: Whether each epoch has an order of its own; then a last batch that does not divide among the ranks
+            is left out, otherwise nothing is.
+        seed: With the epoch's number it fixes the order.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, num_examples: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.num_examples, self.batch_size = num_examples, batch_size
+        self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        """Number of global batches in an epoch."""
+        full, rest = divmod(self.num_examples, self.batch_size)
+        return full + (rest > 0 and (not self.shuffle or rest % self.world_size == 0))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's share of each global batch of the epoch, from the batch numbered ``start``."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            order = torch.randperm(self.num_examples, generator=generator).tolist()
+        else:
+            order = list(range(self.num_examples))
+        for batch in range(self.start, len(self)):
+            share = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+            if share:
+                yield share
+
+
+class ResumableLoader(DataLoader[PreferenceBatch]):
+    """A loader whose place in the epoch is part of Lightning's checkpoints.
+
+    Args:
+        examples: Tokenised examples.
+        sampler: Which of them make a batch.
+        num_workers: Processes that collate; 0 collates in this one.
+        pin_memory: Whether batches lie in memory from which a GPU copies fast.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TokenizedExample],
+        sampler: GlobalBatchSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order = sampler
+        self._epoch = self._position = 0
+        self._started = False
+        super().__init__(
+            examples,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:  # type: ignore[override]
+        """The rest of the epoch after loading a state, else an epoch from its start."""
+        if self._started or self._position >= len(self.order):
+            self._epoch, self._position = self._epoch + 1, 0
+        self._started = True
+        self.order.epoch, self.order.start = self._epoch, self._position
+        for batch in super().__iter__():
+            # Counted before it is handed out: a checkpoint made while it is in use has seen it.
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, batches handed out in it, and the seed of the order."""
+        return {"epoch": self._epoch, "position": self._position, "seed": self.order.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last batch that was handed out."""
+        self._epoch, self._position, self.order.seed = state["epoch"], state["position"], state["seed"]
+        self._started = False
