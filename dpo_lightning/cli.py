@@ -73,26 +73,32 @@ def _tokenizer_of(module: LightningModule) -> Any:
     return module.spec.load_tokenizer() if isinstance(module, PolicyModule) else None
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point; a mistake of the user's ends with its message alone."""
+def run(args: list[str] | None = None) -> DPOLightningCLI:
+    """Parse arguments (the process's own by default) and do what they say."""
+    return DPOLightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # modules record their own hyperparameters, as plain data
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"inference_mode": False},
+        args=args,
+    )
+
+
+def main() -> None:
+    """Entry point of the command; a mistake of the user's ends with its message alone."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dpo_lightning").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-    # Batches are made of tokens in memory: worker processes would not make them faster.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The reference is in evaluation mode on purpose; the other is Lightning's own use of torch.
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     try:
-        DPOLightningCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
-            args=args,
-        )
+        run()
     except Exception as error:
         mistake = _usage_error_in(error)
         if mistake is None:

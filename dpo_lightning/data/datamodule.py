@@ -79,6 +79,9 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.examples: dict[str, list[TokenizedExample]] = {}
         self.reports: list[DataReport] = []
+        if val is None and not val_fraction:
+            # Without validation data this method is not defined, and the Trainer leaves validation out.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -104,9 +107,9 @@ class PreferenceDataModule(LightningDataModule):
         """Shuffled batches, in an order that the run's seed fixes."""
         return self._loader("train", self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Every example once, in order; no loader where there is no validation data."""
-        return self._loader("val", self.val_batch_size) if "val" in self.examples else []
+    def val_dataloader(self) -> ResumableLoader:
+        """Every example once, in order."""
+        return self._loader("val", self.val_batch_size)
 
     def test_dataloader(self) -> ResumableLoader:
         """Every example once, in order."""

@@ -51,8 +51,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield share
 
 
-class ResumableLoader(DataLoader[PreferenceBatch]):
+class ResumableLoader:
     """A loader whose place in the epoch is part of Lightning's checkpoints.
+
+    It holds a ``DataLoader`` instead of being one: Lightning takes those apart to put samplers of its own into them,
+    which repeat and pad, while any other iterable is left as it is.
 
     Args:
         examples: Tokenised examples.
@@ -72,7 +75,7 @@ class ResumableLoader(DataLoader[PreferenceBatch]):
         self.order = sampler
         self._epoch = self._position = 0
         self._started = False
-        super().__init__(
+        self.loader: DataLoader[PreferenceBatch] = DataLoader(
             examples,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=collate,
@@ -81,13 +84,17 @@ class ResumableLoader(DataLoader[PreferenceBatch]):
             persistent_workers=num_workers > 0,
         )
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:  # type: ignore[override]
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
         """The rest of the epoch after loading a state, else an epoch from its start."""
         if self._started or self._position >= len(self.order):
             self._epoch, self._position = self._epoch + 1, 0
         self._started = True
         self.order.epoch, self.order.start = self._epoch, self._position
-        for batch in super().__iter__():
+        for batch in self.loader:
             # Counted before it is handed out: a checkpoint made while it is in use has seen it.
             self._position += 1
             yield batch

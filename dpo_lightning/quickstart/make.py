@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_lightning.cli import main as command_line
+from dpo_lightning.cli import run
 from dpo_lightning.generation import sample
 from dpo_lightning.quickstart.grammar import beginnings, corpus, is_held_out, sentiment
 
@@ -47,7 +47,7 @@ def make(work: Path) -> None:
     blank = work / "blank"
     learn_tokenizer(reviews).save_pretrained(blank)
     tiny_config().save_pretrained(blank)
-    command_line(["fit", "--config", "configs/quickstart_sft.yaml"])
+    run(["fit", "--config", "configs/quickstart_sft.yaml"])
     shutil.copytree(work / "hf", HERE / "model", dirs_exist_ok=True)
     make_pairs(HERE / "model")
 

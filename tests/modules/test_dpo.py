@@ -1,0 +1,343 @@
+import copy
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
+from dpo_lightning.data.collate import collate
+from dpo_lightning.errors import UsageError
+from dpo_lightning.losses import DPOLoss, PlackettLuceLoss, SimPOLoss
+from dpo_lightning.references import FrozenCopy, fingerprint
+
+WORDS = "the film was a joy and its end is slow but we all loved every minute of this bad old story".split()  # noqa: SIM905
+
+
+def rows(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def phrase(length):
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+
+    return [{"prompt": phrase(4), "chosen": " " + phrase(5 + i % 3), "rejected": " " + phrase(4)} for i in range(count)]
+
+
+def module(path, **kwargs):
+    return DPOModule(**{"policy": PolicySpec(path=path), "loss": DPOLoss(beta=0.1), "lr": 1e-3, **kwargs})
+
+
+def data(path, train=24, val=9, **kwargs):
+    return PreferenceDataModule(
+        rows(train), rows(val, seed=1), tokenizer=path, **{"batch_size": 4, "val_batch_size": 4, **kwargs}
+    )
+
+
+def trainer(tmp_path, **kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(**{**defaults, **kwargs})
+
+
+class Losses(Callback):
+    """Loss of every optimizer step, as logged."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
+
+
+def test_the_first_loss_is_log_2_and_training_lowers_it(tiny_llama, tmp_path):
+    torch.manual_seed(0)
+    losses = Losses()
+    trainer(tmp_path, max_epochs=4, callbacks=[losses]).fit(module(tiny_llama), data(tiny_llama))
+    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert sum(losses.values[-6:]) / 6 < 0.8 * math.log(2)
+
+
+def test_the_reference_stays_what_the_policy_was(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    dpo.configure_model()
+    before = copy.deepcopy(dpo.policy.state_dict())
+    fit = trainer(tmp_path)
+    fit.fit(dpo, data(tiny_llama))
+    after = dict(dpo.reference_policy.policy.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in after.items())
+    assert not torch.equal(dpo.policy.state_dict()["model.lm_head.weight"], before["model.lm_head.weight"])
+
+
+def test_the_reference_is_in_no_optimizer_checkpoint_gradient_bucket_or_training_mode(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    fit = trainer(tmp_path, max_steps=2)
+    fit.fit(dpo, data(tiny_llama))
+    optimized = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    reference = list(dpo.reference_policy.parameters())
+    assert reference
+    assert not any(id(p) in optimized or p.requires_grad or p.grad is not None for p in reference)
+    assert not any(name.startswith("reference_policy") for name in dpo.state_dict())
+    dpo.train()
+    assert not any(part.training for part in dpo.reference_policy.modules())
+    names = [name for name, _ in [*dpo.named_parameters(), *dpo.named_buffers()] if "reference_policy" in name]
+    assert sorted(dpo._ddp_params_and_buffers_to_ignore) == sorted(names)
+
+
+def test_a_loss_without_a_reference_builds_none(tiny_llama, tmp_path):
+    dpo = module(tiny_llama, loss=SimPOLoss())
+    trainer(tmp_path, max_steps=2).fit(dpo, data(tiny_llama))
+    assert dpo.reference_policy is None
+
+
+def test_weights_changed_in_memory_before_training_are_the_reference(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    dpo.configure_model()
+    with torch.no_grad():
+        for parameter in dpo.policy.parameters():
+            parameter.mul_(1.1)
+    changed = weights(dpo).clone()
+    trainer(tmp_path, max_steps=1).fit(dpo, data(tiny_llama))
+    assert torch.equal(torch.cat([p.flatten() for p in dpo.reference_policy.parameters()]), changed)
+
+
+class ChangePolicy(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        with torch.no_grad():
+            for parameter in pl_module.policy.parameters():
+                parameter.mul_(1.1)
+
+
+def test_a_policy_changed_behind_its_reference_is_refused(tiny_llama, tmp_path):
+    fit = trainer(tmp_path, callbacks=[ChangePolicy()])
+    with pytest.raises(UsageError, match=r"log-probabilities differ by up to .* name it by `reference.init_args.path`"):
+        fit.fit(module(tiny_llama), data(tiny_llama))
+
+
+def test_another_model_as_reference_is_reported_not_refused(tiny_llama, tmp_path, caplog):
+    caplog.set_level("INFO", "dpo_lightning")
+    fit = trainer(tmp_path, max_steps=1, callbacks=[ChangePolicy()])
+    fit.fit(module(tiny_llama, reference=FrozenCopy(path=tiny_llama)), data(tiny_llama))
+    assert "First batch: loss" in caplog.text
+
+
+def test_kept_dropout_does_not_fail_the_check(tiny_llama, tmp_path):
+    spec = PolicySpec(path=tiny_llama, dropout=True)
+    dpo = module(tiny_llama, policy=spec)
+    dpo.configure_model()
+    for layer in dpo.policy.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer(tmp_path, max_steps=1).fit(dpo, data(tiny_llama))
+    assert dpo.policy.training
+
+
+def test_validation_is_exact_over_unequal_batches_and_a_tie_counts_half(tiny_llama, tmp_path):
+    (untrained,) = trainer(tmp_path).validate(module(tiny_llama), data(tiny_llama), verbose=False)
+    assert untrained["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert untrained["val/rewards/accuracies"] == 0.5
+    dpo = module(tiny_llama)
+    trainer(tmp_path, max_steps=4).fit(dpo, data(tiny_llama))
+    # Nine examples in batches of 4, 4, 1 and in one batch.
+    (small,) = trainer(tmp_path).validate(dpo, data(tiny_llama), verbose=False)
+    (large,) = trainer(tmp_path).validate(dpo, data(tiny_llama, val_batch_size=9), verbose=False)
+    assert set(small) == {
+        "val/loss", "val/rewards/chosen", "val/rewards/rejected", "val/rewards/accuracies", "val/rewards/margins",
+        "val/logps/chosen", "val/logps/rejected",
+    }  # fmt: skip
+    assert small == pytest.approx(large, rel=1e-5)
+
+
+def test_predict_gives_the_implicit_rewards(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    trainer(tmp_path, max_steps=4).fit(dpo, data(tiny_llama))
+    test_rows = rows(5, seed=2)
+    source = PreferenceDataModule(test=test_rows, tokenizer=tiny_llama, val_batch_size=2)
+    scored = trainer(tmp_path).predict(dpo, source)
+    assert torch.cat([batch.row for batch in scored]).tolist() == [1, 2, 3, 4, 5]
+    rewards = torch.cat([batch.rewards for batch in scored])
+    tokenizer = source.tokenizer
+    for row, reward in zip(test_rows, rewards, strict=True):
+        for column, key in enumerate(("chosen", "rejected")):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = torch.tensor([[*tokenizer(row["prompt"] + row[key])["input_ids"], tokenizer.eos_token_id]])
+            totals = []
+            for model in (dpo.policy.model, dpo.reference_policy.policy.model):
+                logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+                totals.append(logps[len(prompt) - 1 :].sum().item())
+            assert reward[column].item() == pytest.approx(0.1 * (totals[0] - totals[1]), abs=1e-4)
+
+
+def test_rankings_train_by_plackett_luce_and_are_refused_by_pairwise_losses(tiny_llama, tmp_path):
+    ranked = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"], " bad"]} for r in rows(8)]
+    source = PreferenceDataModule(ranked, tokenizer=tiny_llama, batch_size=4)
+    losses = Losses()
+    trainer(tmp_path, callbacks=[losses]).fit(module(tiny_llama, loss=PlackettLuceLoss()), source)
+    assert losses.values[0] == pytest.approx(math.log(6), abs=1e-5)  # 3! orders, all alike
+    with pytest.raises(UsageError, match="num_responses: 2"):
+        trainer(tmp_path).fit(module(tiny_llama), source)
+
+
+def checkpointed(tiny_llama, tmp_path, **kwargs):
+    torch.manual_seed(0)
+    dpo = module(tiny_llama, **kwargs)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fit = trainer(tmp_path, max_steps=8, max_epochs=2, callbacks=[saver], enable_checkpointing=True)
+    fit.fit(dpo, data(tiny_llama))
+    return dpo, tmp_path / "step=4.ckpt", tmp_path / "step=8.ckpt"
+
+
+def test_a_checkpoint_holds_plain_data_and_loads_with_weights_only(tiny_llama, tmp_path):
+    dpo, _, path = checkpointed(tiny_llama, tmp_path, loss=DPOLoss(beta=0.3, label_smoothing=0.1), warmup_steps=2)
+    state = torch.load(path, weights_only=True)
+    assert not any("reference_policy" in name for name in state["state_dict"])
+    loaded = DPOModule.load_from_checkpoint(path, weights_only=True)
+    assert loaded.loss == DPOLoss(beta=0.3, label_smoothing=0.1)
+    assert (loaded.spec, loaded.lr, loaded.warmup_steps) == (dpo.spec, 1e-3, 2)
+    assert torch.equal(weights(loaded), weights(dpo))
+    before, after = (trainer(tmp_path).validate(m, data(tiny_llama), verbose=False)[0] for m in (dpo, loaded))
+    assert after == before
+    assert fingerprint(loaded.reference_policy) == fingerprint(dpo.reference_policy) == state["reference_fingerprint"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_llama, tmp_path):
+    whole, middle, _ = checkpointed(tiny_llama, tmp_path, schedule="linear")
+    torch.manual_seed(1)  # the order of the batches is the checkpoint's
+    resumed = module(tiny_llama, schedule="linear")
+    trainer(tmp_path, max_steps=8, max_epochs=2).fit(resumed, data(tiny_llama), ckpt_path=middle, weights_only=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert fingerprint(resumed.reference_policy) == fingerprint(whole.reference_policy)
+
+
+def test_training_on_from_a_loaded_checkpoint_keeps_the_first_reference(tiny_llama, tmp_path):
+    dpo, _, path = checkpointed(tiny_llama, tmp_path)
+    loaded = DPOModule.load_from_checkpoint(path)
+    losses = Losses()
+    trainer(tmp_path, max_steps=1, callbacks=[losses]).fit(loaded, data(tiny_llama))
+    assert fingerprint(loaded.reference_policy) == fingerprint(dpo.reference_policy)
+    assert losses.values[0] < 0.95 * math.log(2)
+
+
+def test_a_reference_that_lived_in_memory_alone_is_asked_for(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    dpo.configure_model()
+    with torch.no_grad():
+        for parameter in dpo.policy.parameters():
+            parameter.mul_(1.1)
+    original = tmp_path / "original"
+    dpo.policy.model.save_pretrained(original)
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    trainer(tmp_path, max_steps=2, callbacks=[saver], enable_checkpointing=True).fit(dpo, data(tiny_llama))
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(UsageError, match=r"another fingerprint.*reference=FrozenCopy\(path=\.\.\.\)"):
+        trainer(tmp_path).validate(DPOModule.load_from_checkpoint(path), data(tiny_llama), verbose=False)
+    with pytest.raises(UsageError, match="another fingerprint"):
+        trainer(tmp_path, max_steps=4).fit(module(tiny_llama), data(tiny_llama), ckpt_path=path)
+    given = DPOModule.load_from_checkpoint(path, reference=FrozenCopy(path=str(original)))
+    before, after = (trainer(tmp_path).validate(m, data(tiny_llama), verbose=False)[0] for m in (dpo, given))
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_missing_policy_weight_is_still_noticed(tiny_llama, tmp_path):
+    _, _, path = checkpointed(tiny_llama, tmp_path)
+    state = torch.load(path, weights_only=True)
+    del state["state_dict"]["policy.model.model.norm.weight"]
+    torch.save(state, path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*policy\.model\.model\.norm\.weight"):
+        DPOModule.load_from_checkpoint(path)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+class CountSynchronisations(Callback):
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.mode = Synchronisations()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.mode.__exit__(None, None, None)
+        self.counts.append(self.mode.count)
+
+
+def test_a_step_between_log_lines_never_waits_for_the_device(tiny_llama, tmp_path):
+    counter = CountSynchronisations()
+    # SGD: AdamW reads its step count, which lies on the host, through the same operator.
+    dpo = module(tiny_llama, lr=None, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
+    fit = trainer(tmp_path, max_steps=6, log_every_n_steps=4, callbacks=[counter], gradient_clip_val=1.0)
+    fit.fit(dpo, data(tiny_llama))
+    first, *others = counter.counts
+    assert first > 0  # the check of the reference, once: the counter does count
+    assert [count for step, count in enumerate(others, start=2) if step != 4] == [0, 0, 0, 0]
+
+
+class Logged(Callback):
+    def __init__(self):
+        self.metrics = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append(dict(trainer.logged_metrics))
+
+
+def test_training_metrics_cover_every_micro_batch(tiny_llama, tmp_path):
+    logged = Logged()
+    fit = trainer(tmp_path, max_steps=1, accumulate_grad_batches=3, callbacks=[logged])
+    fit.fit(module(tiny_llama), data(tiny_llama))
+    metrics = logged.metrics[-1]
+    seen = fit.train_dataloader.order
+    dpo = module(tiny_llama)
+    dpo.configure_model()
+    examples = [fit.datamodule.examples["train"][i] for batch in list(iter(seen))[:3] for i in batch]
+    chosen = dpo(collate(examples)).total[:, 0].mean().item()
+    assert metrics["train/logps/chosen"].item() == pytest.approx(chosen, rel=1e-4)
+    assert {"train/grad_norm", "train/pairs_per_second", "train/tokens_per_second", "train/loss"} <= set(metrics)
+
+
+def test_gradients_and_losses_survive_bf16_mixed_precision(tiny_llama, tmp_path):
+    losses = Losses()
+    trainer(tmp_path, precision="bf16-mixed", callbacks=[losses]).fit(module(tiny_llama), data(tiny_llama))
+    assert losses.values[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses.values[-1] < losses.values[0]
+
+
+def test_training_all_weights_in_16_bits_is_warned_of(tiny_llama, tmp_path, caplog):
+    trainer(tmp_path, max_steps=1).fit(
+        module(tiny_llama, policy=PolicySpec(path=tiny_llama, dtype="bfloat16")), data(tiny_llama)
+    )
+    assert "bf16-mixed" in caplog.text
+
+
+def test_the_module_can_be_extended(tiny_llama, tmp_path):
+    class WithBonus(DPOModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 1.0
+
+    losses = Losses()
+    dpo = WithBonus(PolicySpec(path=tiny_llama), DPOLoss(), lr=1e-3)
+    assert isinstance(dpo, LightningModule)
+    trainer(tmp_path, max_steps=1, callbacks=[losses]).fit(dpo, data(tiny_llama))
+    assert losses.values[0] == pytest.approx(1 + math.log(2), abs=1e-6)

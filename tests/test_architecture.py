@@ -1,0 +1,62 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+import dpo_lightning
+
+PACKAGE = Path(dpo_lightning.__file__).parent
+# What each part may import of the package, besides itself: arrows point one way.
+FOUNDATION = {"errors", "paths"}
+ALLOWED = {
+    "functional": set(),
+    "batch": set(),
+    "errors": set(),
+    "paths": set(),
+    "recipes": {"errors"},
+    "losses": {"batch", "functional", "errors"},
+    "models": {"batch", "functional", *FOUNDATION},
+    "data": {"batch", *FOUNDATION},
+    "references": {"batch", "models"},
+    "generation": set(),
+    "metrics": {"batch"},
+    "modules": {"batch", "losses", "metrics", "models", "recipes", "references", "errors"},
+    "callbacks": {"data", "generation", "modules", "errors"},
+    "cli": {"callbacks", "losses", "modules", "errors"},
+    "quickstart": {"cli", "generation"},
+    "__main__": {"cli"},
+    "__init__": {"batch", "data", "models", "modules"},
+}
+
+
+def part(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = part(path)
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("dpo_lightning.")}
+    assert parts - {own} <= ALLOWED[own]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda path: path.name)
+def test_mathematics_imports_torch_alone(path):
+    standard = {"__future__", "collections", "dataclasses", "functools", "inspect", "typing"}
+    assert {name.split(".")[0] for name in imported(path)} <= {"torch", "dpo_lightning", *standard}
+
+
+def test_every_part_is_in_the_table():
+    assert {part(path) for path in FILES} == set(ALLOWED)

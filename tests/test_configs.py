@@ -1,0 +1,155 @@
+"""Every config is run on tiny models and rows; every key that is not replaced is found again on what was built."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_lightning.cli
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+# Paths, data, lengths, devices and the number of steps: all that a test may replace.
+REPLACED = {
+    "model.policy.path",
+    "data.train",
+    "data.val",
+    "data.max_length",
+    "data.max_prompt_length",
+    "trainer.max_epochs",
+    "trainer.accelerator",
+    "trainer.logger",
+    "ExportHF.dir",
+    "LogSamples.prompts",
+    "LogSamples.max_new_tokens",
+}
+
+
+def write_rows(folder, config):
+    """Rows of the shape that the config reads, more than one batch of them."""
+    shape = config["data"]["init_args"].get("format", {}).get("class_path")
+    count = config["data"]["init_args"]["batch_size"] + 8
+    words = ["good", "bad", "slow", "fine", "dull", "warm"]
+    ends = [f"{words[i % 6]} film {i}" for i in range(2 * count)]
+    if shape == "Transcripts":
+        talk = "\n\nHuman: how is it?\n\nAssistant:"
+        rows = [{"chosen": f"{talk} {ends[2 * i]}", "rejected": f"{talk} {ends[2 * i + 1]}"} for i in range(count)]
+    elif config["model"]["class_path"] == "SFTModule":
+        rows = [{"text": end} for end in ends[:count]]
+    else:
+        rows = [
+            {"prompt": "it is", "chosen": " " + a, "rejected": " " + b}
+            for a, b in zip(ends[::2], ends[1::2], strict=True)
+        ]
+    path = folder / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return str(path)
+
+
+def adapted(config, folder, model):
+    data = write_rows(folder, config)
+    config["model"]["init_args"]["policy"]["path"] = model
+    config["data"]["init_args"].update(train=data, val=data, max_length=48)
+    if "max_prompt_length" in config["data"]["init_args"]:
+        config["data"]["init_args"]["max_prompt_length"] = 24
+    config["trainer"].update(max_epochs=1, accelerator="cpu", default_root_dir=str(folder))
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "ExportHF":
+            callback["init_args"] = {"dir": str(folder / "hf")}
+        if callback["class_path"] == "LogSamples":
+            callback["init_args"].update(prompts=["it is"], max_new_tokens=4)
+    return config
+
+
+def found(cli, key):
+    """The value of a key on the objects that the command line built."""
+    part, _, name = key.partition(".")
+    if part == "model":
+        owner, _, rest = name.partition(".")
+        module = cli.model
+        if owner == "policy":
+            return getattr(module.spec, rest)
+        if owner == "loss":
+            return type(module.loss).__name__ if rest == "class_path" else getattr(module.loss, rest)
+        return getattr(module, name)
+    if part == "data":
+        if name == "format":
+            return type(cli.datamodule.format).__name__
+        return getattr(cli.datamodule, name)
+    if part == "optimizer":
+        optimizer = cli.trainer.optimizers[0]
+        return f"torch.optim.{type(optimizer).__name__}" if name == "class_path" else optimizer.defaults[name]
+    if part == "trainer":
+        return getattr(cli.trainer, {"val_check_interval": "val_check_interval"}.get(name, name))
+    callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == part)
+    value = getattr(callback, name)
+    return f"{value.__module__}.{value.__name__}" if callable(value) else value
+
+
+def flat(config):
+    """Keys of a config as ``found`` knows them, with their values."""
+    for name, value in config["model"]["init_args"].items():
+        if name == "policy":
+            yield from ((f"model.policy.{key}", item) for key, item in value.items())
+        elif name == "loss":
+            yield "model.loss.class_path", value["class_path"]
+            yield from ((f"model.loss.{key}", item) for key, item in value["init_args"].items())
+        else:
+            yield f"model.{name}", value
+    for name, value in config["data"]["init_args"].items():
+        yield f"data.{name}", value["class_path"] if name == "format" else value
+    for name, value in config["trainer"].items():
+        if name != "callbacks":
+            yield f"trainer.{name}", value
+    for callback in config["trainer"]["callbacks"]:
+        yield from ((f"{callback['class_path']}.{k}", v) for k, v in callback.get("init_args", {}).items())
+    optimizer = config.get("optimizer", {})
+    yield from (
+        (f"optimizer.{k}", v) for k, v in {**optimizer, **optimizer.get("init_args", {})}.items() if k != "init_args"
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_and_every_key_arrives(path, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    config = yaml.safe_load(path.read_text())
+    original = dict(flat(config))
+    adapted(config, tmp_path, tiny_llama)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    cli = dpo_lightning.cli.run(["fit", "--config", "config.yaml"])
+    assert cli.trainer.global_step >= 2
+    assert type(cli.model).__name__ == config["model"]["class_path"]
+    for key in set(original) - REPLACED:
+        assert found(cli, key) == original[key], key
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
+    trained = cli.model.policy.model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())
+
+
+def test_the_quickstart_reads_what_the_package_brings():
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    values = dict(flat(config))
+    paths = [values["model.policy.path"], values["data.train"], values["data.val"], values["LogSamples.prompts"]]
+    assert all(path.startswith("package:quickstart/") for path in paths)
+
+
+def test_the_first_line_of_a_config_is_its_command():
+    for path in CONFIGS:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# ")
+        assert f"configs/{path.name}" in first or "python -m" in first
+
+
+def test_the_hh_config_has_the_papers_settings():
+    values = dict(flat(yaml.safe_load((ROOT / "configs/hh.yaml").read_text())))
+    assert values["model.loss.beta"] == 0.1
+    assert values["data.batch_size"] == 64
+    assert (values["optimizer.class_path"], values["optimizer.lr"]) == ("torch.optim.RMSprop", 1e-6)
+    assert values["model.warmup_steps"] == 150
