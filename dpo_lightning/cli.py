@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -14,11 +15,31 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-import dpo_lightning.callbacks
-import dpo_lightning.losses  # noqa: F401
 from dpo_lightning.callbacks import ExportHF, ProgressBar
+from dpo_lightning.data.formats import Format
+from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
+from dpo_lightning.explain import explain
+from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.references import Reference
+
+COMPONENTS = (PreferenceLoss, Reference, Source, Format, PolicyModule, LightningDataModule, Callback)
+TOP_LEVEL = (
+    *("seed_everything", "model", "data", "optimizer", "lr_scheduler", "trainer", "ckpt_path"),
+    *(f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters),
+)
+
+
+class Parser(LightningArgumentParser):
+    """A parser that says what is wrong before it says what it would have taken."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a mistake in words for people; with ``exit_on_error=False``, as the parser does by itself."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {explain(message, TOP_LEVEL, COMPONENTS)}", file=sys.stderr)
+        sys.exit(2)
 
 
 class DPOLightningCLI(LightningCLI):
@@ -85,6 +106,7 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"inference_mode": False},
+        parser_class=Parser,
         args=args,
     )
 
