@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.data.tokenize import encode
+from dpo_lightning.errors import UsageError
 
 
 class Continuation(NamedTuple):
@@ -16,7 +20,7 @@ class Continuation(NamedTuple):
     Attributes:
         prompt_ids: What it was given.
         ids: What it added, the end token included where it came to one.
-        text: The same as text, special tokens left out.
+        text: What the prompt's text goes on with, special tokens left out.
     """
 
     prompt_ids: list[int]
@@ -48,18 +52,17 @@ def sample(
         seed: Seed of the samples.
         batch_size: Prompts continued at a time.
     """
-    encoded = tokenizer(list(prompts), verbose=False)["input_ids"]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt_ids: list[list[int]] = [ids or begin for ids in encoded]
+    prompt_ids = [ids or begin for ids in encode(tokenizer, prompts)]
+    if not all(prompt_ids):
+        raise UsageError("A prompt is empty, and the tokenizer has no begin token to start from; give it some text.")
     end = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end if end is not None else 0)
-    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if temperature == 0:
-        choice = {"do_sample": False}
-    training, forked = model.training, [model.device] if model.device.type == "cuda" else []
-    model.eval()
+    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, **choice)
+    forked = [model.device] if model.device.type == "cuda" else []
     added: list[list[int]] = []
-    with torch.random.fork_rng(forked):
+    with _evaluated(model, settings), torch.random.fork_rng(forked):
         torch.manual_seed(seed)
         for start in range(0, len(prompt_ids), batch_size):
             chunk = prompt_ids[start : start + batch_size]
@@ -67,17 +70,32 @@ def sample(
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in chunk], device=model.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chunk], device=model.device)
             output = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=end,
-                **choice,
+                input_ids=ids, attention_mask=mask, generation_config=settings
             )
             added += [_until_end(row, end) for row in output[:, width:].tolist()]
-    model.train(training)
-    texts = tokenizer.batch_decode(added, skip_special_tokens=True)
-    return [Continuation(*parts) for parts in zip(prompt_ids, added, texts, strict=True)]
+    return [
+        Continuation(prompt, ids, _continued(tokenizer, prompt, ids))
+        for prompt, ids in zip(prompt_ids, added, strict=True)
+    ]
+
+
+@contextmanager
+def _evaluated(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and none of the penalties and filters that a model's own generation config may hold."""
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.generation_config = own
+
+
+def _continued(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """Text of a continuation in its place: some decoders drop the space that a text begins with."""
+    before, whole, alone = tokenizer.batch_decode([prompt, prompt + ids, ids], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _until_end(ids: list[int], end: int | None) -> list[int]:

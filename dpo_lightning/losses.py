@@ -41,14 +41,14 @@ class PairwiseLoss(PreferenceLoss):
     """A loss of the margin between the best response and the next."""
 
     def __call__(self, policy: Logps, reference: Logps | None) -> Tensor:
-        """One loss an example, shape ``(B,)``; needs K = 2."""
+        """One loss an example, 0 where there is no second response, shape ``(B,)``; needs K = 2."""
         if policy.total.shape[1] != 2:
             raise UsageError(
                 f"{type(self).__name__} compares two responses, but this batch has up to {policy.total.shape[1]} a "
                 "prompt. Keep the two best by `data.num_responses: 2`, or use PlackettLuceLoss for whole rankings."
             )
         rewards = self.rewards(policy, reference)
-        return self.margin_loss(rewards[:, 0] - rewards[:, 1])
+        return torch.where(policy.length[:, 1] > 0, self.margin_loss(rewards[:, 0] - rewards[:, 1]), 0.0)
 
     @abstractmethod
     def margin_loss(self, margin: Tensor) -> Tensor:

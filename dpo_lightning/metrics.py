@@ -13,7 +13,8 @@ class PreferenceMetrics(Metric):
     """Loss, rewards, accuracies, margins and log-probabilities under the names that dashboards know.
 
     Chosen is the best response, rejected the mean over the others. The accuracy of an example is the share of its
-    pairs that the rewards order rightly; a tie counts one half.
+    pairs that the rewards order rightly; a tie counts one half. An example without a second response counts for what
+    is said of chosen alone, and for the loss.
     """
 
     full_state_update = False
@@ -21,32 +22,33 @@ class PreferenceMetrics(Metric):
              "logps/chosen", "logps/rejected")  # fmt: skip
 
     sums: Tensor
-    count: Tensor
+    counts: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(len(self.names)), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(self.names)), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, rewards: Tensor, policy: Logps) -> None:
         """Add a batch: losses (B,), rewards (B, K) and the policy's log-probabilities (B, K)."""
         others = policy.length[:, 1:] > 0
+        every, paired = torch.ones_like(loss, dtype=torch.bool), others.any(1)
         rejected_rewards = _mean(rewards[:, 1:], others)
         values = (
-            loss,
-            rewards[:, 0],
-            rejected_rewards,
-            pair_accuracy(rewards, policy.length > 0),
-            rewards[:, 0] - rejected_rewards,
-            policy.total[:, 0],
-            _mean(policy.total[:, 1:], others),
+            (loss, every),
+            (rewards[:, 0], every),
+            (rejected_rewards, paired),
+            (pair_accuracy(rewards, policy.length > 0), paired),
+            (rewards[:, 0] - rejected_rewards, paired),
+            (policy.total[:, 0], every),
+            (_mean(policy.total[:, 1:], others), paired),
         )
-        self.sums += torch.stack([value.detach().float().sum() for value in values])
-        self.count += len(loss)
+        self.sums += torch.stack([torch.where(counted, value.detach().float(), 0.0).sum() for value, counted in values])
+        self.counts += torch.stack([counted.sum() for _, counted in values])
 
     def compute(self) -> dict[str, Tensor]:
         """Means over all examples, by name."""
-        return dict(zip(self.names, self.sums / self.count, strict=True))
+        return dict(zip(self.names, self.sums / self.counts, strict=True))
 
 
 class TokenMetrics(Metric):

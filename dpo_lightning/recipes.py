@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from dpo_lightning.errors import UsageError
@@ -33,22 +34,29 @@ def from_plain(value: Any, base: type[T]) -> T:
     if isinstance(value, base):
         return value
     if not isinstance(value, dict):
-        raise TypeError(f"expected a {base.__name__}, got {type(value).__name__}: {value!r}")
-    if "class_path" not in value:
-        return base(**value)
-    module_name, _, name = value["class_path"].rpartition(".")
-    if module_name.split(".")[0] == __package__:
-        importlib.import_module(module_name)
-    cls = getattr(sys.modules.get(module_name), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UsageError(
-            f"The checkpoint was made with {value['class_path']}, which is not an imported subclass of "
-            f"{base.__name__}. Import {module_name} before loading, or pass your own object to load_from_checkpoint."
+            f"Expected a {base.__name__}, got {type(value).__name__}: {value!r:.80}; give an object of that class "
+            "or of a subclass."
         )
-    return cls(**{key: _nested(item) for key, item in value.get("init_args", {}).items()})
+    return _build(value, base) if "class_path" in value else base(**value)
+
+
+def _build(plain: dict[str, Any], base: type[T]) -> T:
+    module_name, _, name = plain["class_path"].rpartition(".")
+    if module_name.split(".")[0] == __package__:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module_name)
+    cls = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base) and hasattr(cls, "__dataclass_fields__")):
+        kind = "dataclass" if base is object else f"subclass of {base.__name__}"
+        raise UsageError(
+            f"The checkpoint was made with {plain['class_path']}, which is not an imported {kind}. Import "
+            f"{module_name} before loading, or pass your own object to load_from_checkpoint."
+        )
+    return cls(**{key: _nested(item) for key, item in plain.get("init_args", {}).items()})
 
 
 def _nested(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
-        return from_plain(value, object)
+        return _build(value, object)
     return value

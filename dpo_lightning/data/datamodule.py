@@ -65,17 +65,16 @@ class PreferenceDataModule(LightningDataModule):
             raise UsageError(f"`val_fraction` must be in [0, 1), got {val_fraction}; 0.1 holds out a tenth.")
         if val is not None and val_fraction:
             raise UsageError("Both `val` and `val_fraction` are given; keep one of the two.")
-        for name, value in (("batch_size", batch_size), ("num_responses", num_responses or 1)):
-            if value < 1:
+        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "num_responses": num_responses}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be 1 or more, got {value}.")
         self.sources = {"train": train, "val": val, "test": test}
         self.format, self.val_fraction = format, val_fraction
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or 2 * batch_size
         self.num_responses, self.num_workers = num_responses, num_workers
-        if isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer))
         self.tokenization = Tokenization(
-            tokenizer=tokenizer, max_length=max_length, max_prompt_length=max_prompt_length
+            tokenizer=_load_tokenizer(tokenizer), max_length=max_length, max_prompt_length=max_prompt_length
         )
         self.examples: dict[str, list[TokenizedExample]] = {}
         self.reports: list[DataReport] = []
@@ -90,7 +89,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs, unless it was read before; the counts are printed once."""
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
+        needs = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        stage = getattr(stage, "value", stage)  # the Trainer hands in an enum
+        if stage not in needs:
+            raise UsageError(f"There is no stage {stage!r}; there are {', '.join(needs)}.")
+        splits = needs[stage]
         if "val" in splits and self.sources["val"] is None and self.val_fraction:
             splits = ("train", "val")
         for split in splits:
@@ -105,7 +108,9 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, in an order that the run's seed fixes."""
-        return self._loader("train", self.batch_size, shuffle=True)
+        # Overfitting on some batches means the same ones in every epoch.
+        overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return self._loader("train", self.batch_size, shuffle=not overfit)
 
     def val_dataloader(self) -> ResumableLoader:
         """Every example once, in order."""
@@ -123,17 +128,17 @@ class PreferenceDataModule(LightningDataModule):
         report = DataReport(str(source))
         examples: list[PreferenceExample] = []
         shape = self.format
-        for number, row in enumerate(source, start=1):
-            report.rows = number
+        for number, row in source.numbered():
+            report.rows += 1
             if shape is None:
-                shape = infer(row, str(source))
+                shape = infer(row, number, str(source))
             try:
                 example = shape(row, number, str(source))
             except UnusableRow as reason:
                 report.dropped[str(reason)] += 1
                 continue
             examples.append(example._replace(responses=example.responses[: self.num_responses]))
-        report.format = type(shape).__name__
+        report.format = "" if shape is None else type(shape).__name__
         tokenized = list(self.tokenization(examples, report))
         self.reports.append(report)
         rank_zero_info(str(report))
@@ -152,19 +157,50 @@ class PreferenceDataModule(LightningDataModule):
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
         self.examples["val"] = [examples[index] for index in sorted(order[:held_out])]
         self.examples["train"] = [examples[index] for index in sorted(order[held_out:])]
+        rank_zero_info(f"  held out for validation {held_out:,}, left for training {len(examples) - held_out:,}")
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
-        rank, world_size, seed, on_gpu = 0, 1, torch.initial_seed(), False
+        if split not in self.examples:
+            raise UsageError(f"There are no {split} examples yet; call `setup` with the stage first.")
+        examples = self.examples[split]
+        rank, world_size, epoch, limit, seed, on_gpu = 0, 1, 0, 1.0, torch.initial_seed(), False
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            rank, world_size, epoch = self.trainer.global_rank, self.trainer.world_size, self.trainer.current_epoch
+            limit = self.trainer.limit_train_batches
             seed = self.trainer.strategy.broadcast(seed)
             on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if batch_size % world_size:
             raise UsageError(
-                f"A batch of {batch_size} examples does not divide among {world_size} devices; change "
-                "`data.init_args.batch_size`."
+                f"A {split} batch of {batch_size} examples does not divide among {world_size} devices; change "
+                f"`data.init_args.{'batch_size' if split == 'train' else 'val_batch_size'}`."
             )
         sampler = GlobalBatchSampler(
-            len(self.examples[split]), batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+            len(examples), batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
         )
-        return ResumableLoader(self.examples[split], sampler, num_workers=self.num_workers, pin_memory=on_gpu)
+        if not len(sampler):
+            raise UsageError(
+                f"The {len(examples)} {split} examples make no batch that divides among {world_size} devices; give "
+                "more rows or use fewer devices."
+            )
+        return ResumableLoader(
+            examples,
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=on_gpu,
+            epoch=epoch,
+            max_batches=limit if isinstance(limit, int) else int(limit * len(sampler)),
+        )
+
+
+def _load_tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise UsageError("The model brings no tokenizer; name one by `data.init_args.tokenizer`.")
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(resolve(tokenizer))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"`data.init_args.tokenizer`: {tokenizer} is no folder with a tokenizer here and could not be had from a "
+            f"hub: {error}"
+        ) from error

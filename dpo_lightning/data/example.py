@@ -11,7 +11,7 @@ class PreferenceExample(NamedTuple):
     Attributes:
         prompt: What the model is given.
         responses: What it might answer, best first.
-        row: Number of the row in its source, counted from 1, for messages.
+        row: Number of the row in its source, counted from 1, for messages; in JSON Lines that of its line.
     """
 
     prompt: str
@@ -25,7 +25,7 @@ class TokenizedExample(NamedTuple):
     Attributes:
         prompt_ids: At least one token, since something must predict the first token of a response.
         response_ids: At least one token each; the end token included where the response has one.
-        row: Number of the row in its source, counted from 1.
+        row: Number of the row in its source.
     """
 
     prompt_ids: list[int]

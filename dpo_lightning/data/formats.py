@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpo_lightning.data.example import PreferenceExample
@@ -30,29 +31,33 @@ class Format(ABC):
 
         Args:
             row: The row.
-            number: Its number, counted from 1.
+            number: Its number in the source, for messages.
             source: What messages call its source.
 
         Raises:
             UsageError: If a column is missing or does not hold what it should.
             UnusableRow: If the row is well-formed but holds no example.
         """
-        if not isinstance(row, dict):
+        if not isinstance(row, Mapping):
             raise UsageError(
-                f"{source}, row {number}: expected an object with named columns, got {type(row).__name__}."
+                f"{source}, row {number}: expected an object with named columns, got {type(row).__name__}; write each "
+                'row like {"prompt": ...}.'
             )
         for column in self.columns():
             if column not in row:
+                argument = next((name for name, value in vars(self).items() if value == column), column)
                 raise UsageError(
                     f"{source}, row {number}: there is no column {column!r}; the row has {', '.join(map(repr, row))}. "
                     f"{type(self).__name__} reads {', '.join(map(repr, self.columns()))}; name your columns by "
                     "`data.init_args.format`, as in {class_path: "
-                    f"{type(self).__name__}, init_args: {{{column}: your_column}}}}."
+                    f"{type(self).__name__}, init_args: {{{argument}: your_column}}}}."
                 )
         try:
             prompt, responses = self.read(row)
         except TypeError as error:
-            raise UsageError(f"{source}, row {number}: {error}") from error
+            raise UsageError(
+                f"{source}, row {number}: {error} Name another column by `data.init_args.format`, or change the row."
+            ) from error
         return PreferenceExample(prompt, tuple(responses), number)
 
 
@@ -92,6 +97,10 @@ class Transcripts(Format):
     chosen: str = "chosen"
     rejected: str = "rejected"
     answer: str = "\n\nAssistant:"
+
+    def __post_init__(self) -> None:
+        if not self.answer:
+            raise UsageError("`answer` must not be empty; where prompts have a column of their own use Pairs.")
 
     def columns(self) -> tuple[str, ...]:
         """Chosen, rejected."""
@@ -134,7 +143,7 @@ class Rankings(Format):
             raise TypeError(f"column {self.responses!r} must be a list of texts, best first, got {responses!r:.80}.")
         if len(responses) < 2:
             raise UnusableRow("fewer than two responses")
-        return text(row, self.prompt), list(responses)
+        return text(row, self.prompt), [encodable(response) for response in responses]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,20 +170,20 @@ class Texts(Format):
 SHAPES: tuple[Format, ...] = (Pairs(), Rankings(), Transcripts(), Texts())
 
 
-def infer(row: Row, source: str) -> Format:
+def infer(row: Row, number: int, source: str) -> Format:
     """The first known shape whose columns a row has.
 
     Raises:
         UsageError: If none has; names the columns found and the shapes known.
     """
     for shape in SHAPES:
-        if isinstance(row, dict) and set(shape.columns()) <= set(row):
+        if isinstance(row, Mapping) and set(shape.columns()) <= set(row):
             return shape
     known = "; ".join(f"{type(shape).__name__}: {', '.join(shape.columns())}" for shape in SHAPES)
-    found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+    found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
     raise UsageError(
-        f"{source}, row 1: cannot tell what its columns mean. Found {found}; known are {known}. Name the columns by "
-        "`data.init_args.format`, as in {class_path: Pairs, init_args: {prompt: question}}."
+        f"{source}, row {number}: cannot tell what its columns mean. Found {found}; known are {known}. Name the "
+        "columns by `data.init_args.format`, as in {class_path: Pairs, init_args: {prompt: question}}."
     )
 
 
@@ -183,4 +192,13 @@ def text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise TypeError(f"column {column!r} must be text, got {type(value).__name__}: {value!r:.80}.")
+    return encodable(value)
+
+
+def encodable(value: str) -> str:
+    """A text that a tokenizer takes: JSON may hold halves of characters, which no encoding has."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UnusableRow("text with half a character (a lone surrogate)") from None
     return value

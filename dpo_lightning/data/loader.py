@@ -62,6 +62,8 @@ class ResumableLoader:
         sampler: Which of them make a batch.
         num_workers: Processes that collate; 0 collates in this one.
         pin_memory: Whether batches lie in memory from which a GPU copies fast.
+        epoch: Number of the first epoch.
+        max_batches: Batches after which an epoch ends, where the Trainer limits them.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class ResumableLoader:
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        epoch: int = 0,
+        max_batches: int | None = None,
     ) -> None:
         self.order = sampler
-        self._epoch = self._position = 0
+        self.max_batches = len(sampler) if max_batches is None else max_batches
+        self._epoch, self._position = epoch, 0
         self._started = False
         self.loader: DataLoader[PreferenceBatch] = DataLoader(
             examples,  # type: ignore[arg-type]
@@ -90,7 +95,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
         """The rest of the epoch after loading a state, else an epoch from its start."""
-        if self._started or self._position >= len(self.order):
+        if self._started or self._position >= self.max_batches:
             self._epoch, self._position = self._epoch + 1, 0
         self._started = True
         self.order.epoch, self.order.start = self._epoch, self._position

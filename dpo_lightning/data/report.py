@@ -25,7 +25,7 @@ class DataReport:
     noted: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.kept:,} of {self.rows:,} rows kept, read as {self.format}"]
+        lines = [f"{self.source}: {self.kept:,} of {self.rows:,} rows kept, read as {self.format or 'nothing'}"]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"  {count:,} {what}" for what, count in self.noted.most_common() if count]
         if self.kept:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 
 Row = Mapping[str, Any]
-OPENERS: dict[str, Callable[..., IO[str]]] = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
+OPENERS: dict[str, Callable[..., Any]] = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 
 
 class Source(ABC):
@@ -24,6 +26,10 @@ class Source(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Row]:
         """The rows in order."""
+
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        """The rows with the numbers by which messages name them: 1, 2, 3, or those of the lines of a file."""
+        return enumerate(self, start=1)
 
     @abstractmethod
     def __str__(self) -> str:
@@ -41,7 +47,11 @@ class Files(Source):
     path: str
 
     def __iter__(self) -> Iterator[Row]:
-        """Rows; a missing or broken file is named with the row where it breaks."""
+        """Rows; a missing or broken file is named with the line where it breaks."""
+        return (row for _, row in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        """Rows with their numbers; in JSON Lines those of their lines, where blank lines count but hold no row."""
         path = Path(resolve(self.path)).expanduser()
         if not path.is_file():
             raise UsageError(
@@ -52,25 +62,31 @@ class Files(Source):
         if suffix is None:
             known = ", ".join((*OPENERS, ".parquet"))
             raise UsageError(f"{self.path} has none of the endings that tell its format: {known}.")
-        return self._parquet(path) if suffix == ".parquet" else self._json_lines(path, OPENERS[suffix])
+        if suffix == ".parquet":
+            return enumerate(self._parquet(path), start=1)
+        return self._json_lines(path, OPENERS[suffix])
 
     def __str__(self) -> str:
         """The path."""
         return self.path
 
-    def _json_lines(self, path: Path, opener: Callable[..., IO[str]]) -> Iterator[Row]:
+    def _json_lines(self, path: Path, opener: Callable[..., Any]) -> Iterator[tuple[int, Row]]:
         number = 0
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
-                for line in file:
-                    number += 1
+            with opener(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{self.path}, line {number}: not valid JSON ({error}); each line must be one.") from error
-        except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError) as error:
+                        yield number, json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{self.path}, line {number}: not text in UTF-8 ({error}); convert the file.") from error
+        except ValueError as error:
             raise UsageError(
-                f"{self.path} cannot be read beyond line {number}: {error}. Is it whole, and text in UTF-8?"
+                f"{self.path}, line {number}: not valid JSON ({error}); each line must be one object."
+            ) from error
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise UsageError(
+                f"{self.path} cannot be read beyond line {number}: {error}. Is the file whole, and compressed as its "
+                "name says?"
             ) from error
 
     def _parquet(self, path: Path) -> Iterator[Row]:
@@ -81,8 +97,8 @@ class Files(Source):
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches():
                     yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UsageError(f"{self.path} cannot be read as Parquet: {error}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UsageError(f"{self.path} cannot be read as Parquet: {error}. Is the file whole?") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +122,17 @@ class HubDataset(Source):
     def __iter__(self) -> Iterator[Row]:
         """Rows of the split."""
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
         try:
             rows = load_dataset(
                 self.name, self.config, split=self.split, data_dir=self.data_dir, revision=self.revision
             )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"The dataset {self} could not be had from the hub: {error}") from error
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise UsageError(
+                f"The dataset {self} could not be had from the hub: {error}. Is there a network, and is its name "
+                "right? Rows on this machine are given by the path of their file."
+            ) from error
         return iter(rows)
 
     def __str__(self) -> str:
@@ -139,8 +159,15 @@ class Rows(Source):
         return f"{len(self.rows)} rows in memory"
 
 
-def as_source(value: str | Source | Sequence[Row]) -> Source:
+def as_source(value: str | os.PathLike[str] | Source | Sequence[Row]) -> Source:
     """A source as given; a string is the path of a file, a sequence holds rows."""
     if isinstance(value, Source):
         return value
-    return Files(value) if isinstance(value, str) else Rows(value)
+    if isinstance(value, (str, os.PathLike)):
+        return Files(os.fspath(value))
+    if isinstance(value, Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise UsageError(
+            f"Rows in memory must be a list of dictionaries or a `datasets.Dataset`, got {type(value).__name__}; "
+            "of several splits name one, of a stream make a list."
+        )
+    return Rows(value)

@@ -20,6 +20,8 @@ from dpo_lightning.errors import UsageError
 MERGED = "responses tokenised by themselves, since tokens merge across the boundary"
 CUT_PROMPT = "prompts cut at their left"
 CUT_RESPONSE = "responses cut at their right, without end token"
+NO_END = "responses without end token, since the tokenizer has none: a model learns from them not to stop"
+TWO_BEGINS = "prompts with two begin tokens: their text begins with one, and the tokenizer adds one"
 CHUNK = 1_000
 
 
@@ -51,8 +53,9 @@ class Tokenization:
         """Tokenised examples; what is dropped, merged or cut is counted in the report."""
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
-            prompts = iter(self._encode([example.prompt for example in chunk]))
-            wholes = iter(self._encode([e.prompt + response for e in chunk for response in e.responses]))
+            prompts = iter(encode(self.tokenizer, [example.prompt for example in chunk]))
+            texts = [example.prompt + response for example in chunk for response in example.responses]
+            wholes = iter(encode(self.tokenizer, texts))
             for example in chunk:
                 prompt, whole = next(prompts), [next(wholes) for _ in example.responses]
                 try:
@@ -70,7 +73,6 @@ class Tokenization:
     ) -> TokenizedExample:
         if len(set(example.responses)) < len(example.responses):
             raise UnusableRow("equal responses")
-        prompt = self._without_end(prompt, example.prompt)
         merged, responses = 0, []
         for text, whole in zip(example.responses, wholes, strict=True):
             if whole[: len(prompt)] == prompt:
@@ -88,23 +90,20 @@ class Tokenization:
         kept = self._cut_prompt(prompt)
         room = self.max_length - len(kept)
         cut = [response[:room] for response in responses]
-        if room < 1 or not all(text and response for text, response in zip(example.responses, cut, strict=True)):
-            raise UnusableRow("no response token" if all(example.responses) else "empty response")
+        if not all(example.responses):
+            raise UnusableRow("empty response")
+        if room < 1:
+            raise UnusableRow("prompt leaves no room for a response token (max_prompt_length cuts prompts)")
+        if not all(cut):
+            raise UnusableRow("no response token")
         if len(set(map(tuple, cut))) < len(cut):
-            raise UnusableRow("equal responses after truncation")
+            raise UnusableRow(f"equal responses after {'truncation' if cut != responses else 'tokenisation'}")
         report.noted[MERGED] += merged
         report.noted[CUT_PROMPT] += len(kept) < len(prompt)
         report.noted[CUT_RESPONSE] += sum(len(response) > room for response in responses)
+        report.noted[NO_END] += len(responses) if self.tokenizer.eos_token_id is None else 0
+        report.noted[TWO_BEGINS] += prompt[:2] == [bos, bos]
         return TokenizedExample(kept, cut, example.row)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False)["input_ids"]
-
-    def _without_end(self, prompt: list[int], text: str) -> list[int]:
-        """A prompt without the end token that some tokenizers append to everything."""
-        end = self.tokenizer.eos_token_id
-        appended = end is not None and len(prompt) > 1 and prompt[-1] == end
-        return prompt[:-1] if appended and not text.endswith(str(self.tokenizer.eos_token)) else prompt
 
     def _with_end(self, response: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -117,3 +116,15 @@ class Tokenization:
         begin = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
         kept = limit - len(begin)
         return begin + (prompt[-kept:] if kept else [])
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on: as the tokenizer makes them, less what it puts behind a text.
+
+    Some tokenizers close every text with an end token or a separator; no continuation should follow that.
+    """
+    if not texts:
+        return []
+    special = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
+    appended = special[::-1].index(0) if 0 in special else 0
+    return [ids[: len(ids) - appended] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]

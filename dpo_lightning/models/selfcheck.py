@@ -105,7 +105,8 @@ def choose_layout(
         except Exception as error:  # families fail in their own ways; what counts is that this one did
             return Verdict("rows", family, reason=f"its code fails on one ({type(error).__name__}: {error})")
         harm = [_rms(stream.token_logps(wrong), expected) for wrong in wrong_batches(batch)]
-        harm += [_rms(stream.token_logps(batch), expected) for stream in _wrong_windows(model)]
+        wider = _wrong_windows(model, trust_remote_code, batch, expected)
+        harm += [_rms(stream.token_logps(batch), expected) for stream in wider]
         sensitivity = min(harm)
         if not difference <= min(ROUNDING, sensitivity / SENSITIVITY):
             reason = (
@@ -303,6 +304,7 @@ def _module_kinds(model: nn.Module) -> set[type[nn.Module]]:
     return {type(module) for module in model.modules()}
 
 
+@torch.no_grad()
 def _far_from_flat(model: PreTrainedModel) -> PreTrainedModel:
     """Weights under which attention decides what is predicted: a pretrained model's scale would hide wrong masks."""
     for parameter in model.parameters():
@@ -315,16 +317,20 @@ def _far_from_flat(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _wrong_windows(model: PreTrainedModel) -> Iterator[CausalPolicy]:
+def _wrong_windows(
+    model: PreTrainedModel, trust_remote_code: bool, batch: PreferenceBatch, expected: Tensor
+) -> Iterator[CausalPolicy]:
     """The stream of the same weights with a window one position too wide, where there is a window."""
     if not getattr(model.config, "sliding_window", None):
         return
     config = copy.deepcopy(model.config)
     config.sliding_window += 1
-    wider = _build(config, trust_remote_code=False).eval()
+    wider = _build(config, trust_remote_code).eval()
     wider.load_state_dict(model.state_dict())
     wider.to(model.device)
-    yield CausalPolicy(wider, "stream")
+    # Some configs name a window that none of their layers uses: widening it is not wrong.
+    if _rms(own_logps(wider, batch), expected) > ROUNDING:
+        yield CausalPolicy(wider, "stream")
 
 
 def _rms(values: Tensor, expected: Tensor) -> float:

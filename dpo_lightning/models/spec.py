@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.policy import CausalPolicy, Layout
 from dpo_lightning.models.selfcheck import choose_layout
-from dpo_lightning.paths import resolve
+from dpo_lightning.paths import PACKAGE, resolve
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class PolicySpec:
         layout = self._layout(config, device, compute_dtype)
         policy = CausalPolicy(self._load_model(config), layout)
         if self.activation_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(policy.model)
         return policy.train()
 
     def load_config(self) -> PretrainedConfig:
@@ -98,7 +98,7 @@ class PolicySpec:
     def _from_pretrained(self, auto: Any, path: str, **kwargs: Any) -> Any:
         location = Path(resolve(path)).expanduser()
         local = location.is_dir()
-        if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))) and "/" in path:
+        if not local and (path.count("/") > 1 or path.startswith((PACKAGE, ".", "/", "~"))):
             raise UsageError(f"`policy.path`: there is no folder {path}, and it is no name on a hub (owner/model).")
         try:
             return auto.from_pretrained(
@@ -110,12 +110,22 @@ class PolicySpec:
             )
         except (OSError, ValueError) as error:
             where = f"folder {path}" if local else f"{path}, which is no folder here and could not be had from a hub"
-            raise UsageError(f"`policy.path`: cannot load {auto.__name__} from {where}: {error}") from error
+            pickles = "use_safetensors" in kwargs and "safetensors" in str(error)
+            remedy = " Pickled weights can run code: load them by `policy.allow_pickle: true`, if you trust them."
+            raise UsageError(
+                f"`policy.path`: cannot load {auto.__name__} from {where}: {error}{remedy if pickles else ''}"
+            ) from error
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # transformers 5.23 renamed it, and goes without the old name from version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _set_dropout_to_zero(config: PretrainedConfig) -> None:
     for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+        if isinstance(value, float) and "drop" in name:  # dropout, attn_pdrop, layerdrop
             setattr(config, name, 0.0)
 
 

@@ -25,7 +25,8 @@ def fit(tiny_llama, tmp_path, steps=8, epochs=None, **kwargs):
     module = SFTModule(PolicySpec(path=tiny_llama), **kwargs)
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=epochs, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, callbacks=[rates], log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, callbacks=[rates],
+        log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, PreferenceDataModule(rows(32), tokenizer=tiny_llama, batch_size=4))
     return trainer, module, rates.values

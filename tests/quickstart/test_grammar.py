@@ -70,7 +70,8 @@ def test_a_review_is_its_beginning_a_space_and_full_sentences_of_one_sentiment(r
     for text in reviews:
         assert abs(sentiment(text)) == 1.0, text
     for rest in continuations(1000, seed=1):
-        assert re.fullmatch(r" [a-z][^.{}]*(\. [A-Z][^.{}]*)*\.", rest) and "  " not in rest, rest
+        assert re.fullmatch(r" [a-z][^.{}]*(\. [A-Z][^.{}]*)*\.", rest), rest
+        assert "  " not in rest, rest
         assert not re.search(r"\ba [aeiou]|\b(\w+) \1\b", rest), rest  # "a awful", "the the"
 
 
@@ -108,12 +109,14 @@ def test_each_sentiment_has_at_least_100_000_continuations(sign: int) -> None:
 
 def test_words_are_many_for_a_reader_and_few_for_a_small_model(reviews: list[str]) -> None:
     seen = {word for text in reviews for word in words(text)}
-    assert LEXICON <= seen  # every word of the lexicon can be learned
+    assert seen >= LEXICON  # every word of the lexicon can be learned
     assert min(len(POSITIVE_WORDS), len(NEGATIVE_WORDS)) >= 25
     assert len(seen | {word for prompt in beginnings() for word in words(prompt)}) <= 350
 
 
 def test_continuations_are_of_a_readable_length() -> None:
     lengths = sorted(len(words(rest)) for rest in continuations(2000, seed=3))
-    assert lengths[0] >= 3 and lengths[-1] <= 40
-    assert 10 <= lengths[len(lengths) // 4] and lengths[len(lengths) * 3 // 4] <= 25
+    assert lengths[0] >= 3
+    assert lengths[-1] <= 40
+    assert lengths[len(lengths) // 4] >= 10
+    assert lengths[len(lengths) * 3 // 4] <= 25

@@ -1,0 +1,116 @@
+"""Fixtures that several tests share: a tiny model with its tokenizer in a folder, and tiny configs of many families."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "the film was a joy and its end is slow",
+    "but we all loved every minute of this bad old story",
+    "The plot was dull, the actors were superb; nobody laughed.",
+    "Human: what did you think of it? Assistant: I would watch it again, gladly!",
+]
+BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
+
+# Every constant that a family has between hidden states and logits is given a value at which it matters.
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "gpt2": {},
+    "gpt_neox": {},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 5,
+    },
+    "phi": {},
+    "phi3": {"num_key_value_heads": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "granite": {"num_key_value_heads": 2, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    "cohere2": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.5,
+    },
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "sliding_window": 6},
+    "gptj": {"rotary_dim": 4},
+    "bloom": {},
+    "mamba": {},
+}
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function from the name of a family to a tiny config of it, its sliding window shorter than rows."""
+    return lambda family: AutoConfig.for_model(family, **{**TINY, **FAMILIES[family]})
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny random Llama and a byte-level tokenizer that puts a begin token before a text."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    assert (Path(folder) / "model.safetensors").exists()
+    return str(folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[PADDING, BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PADDING)

@@ -1,0 +1,188 @@
+"""The order of batches depends on seed and epoch alone, ranks share it, and a loader goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+
+from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
+
+
+def loader(num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, **kwargs):
+    ranks = {name: kwargs.pop(name) for name in ("rank", "world_size") if name in kwargs}
+    examples = [TokenizedExample([1], [[2], [3, 4]], row) for row in range(num)]
+    sampler = GlobalBatchSampler(num, batch_size, shuffle=shuffle, seed=seed, **ranks)
+    return ResumableLoader(examples, sampler, num_workers=num_workers, **kwargs)
+
+
+def rows(batches) -> list[list[int]]:
+    """Row numbers of each batch."""
+    return [batch.row.tolist() for batch in batches]
+
+
+def epochs(source: ResumableLoader, num: int) -> list[list[list[int]]]:
+    return [rows(source) for _ in range(num)]
+
+
+def flat(epoch: list[list[int]]) -> list[int]:
+    return [row for batch in epoch for row in batch]
+
+
+def resumed(state, **kwargs) -> ResumableLoader:
+    """A new loader, of another seed, from a state that went through a file."""
+    fresh = loader(seed=99, **kwargs)
+    fresh.load_state_dict(json.loads(json.dumps(state)))
+    return fresh
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    orders = [flat(epoch) for epoch in epochs(loader(), 5)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+
+
+def test_seed_and_epoch_alone_fix_the_order():
+    assert epochs(loader(seed=3), 3) == epochs(loader(seed=3), 3)
+    assert flat(rows(loader(seed=3))) != flat(rows(loader(seed=4)))
+    assert epochs(loader(seed=3), 3)[2] == rows(loader(seed=3, epoch=2))
+    # The epoch is no part of the seed: the second epoch of one seed is not the first of the next.
+    assert epochs(loader(seed=3), 2)[1] != rows(loader(seed=4))
+
+
+def test_large_seeds_are_seeds():
+    assert sorted(flat(rows(loader(seed=2**64 - 1)))) == list(range(11))
+    assert rows(loader(seed=2**64 - 1)) != rows(loader(seed=2**64 - 2))
+
+
+def test_without_shuffling_the_order_is_that_of_the_rows():
+    assert epochs(loader(shuffle=False), 2) == 2 * [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("num", "batch_size"), [(11, 4), (12, 4), (13, 4), (3, 4), (4, 1)])
+def test_length_is_the_number_of_batches(num, batch_size, shuffle):
+    source = loader(num, batch_size, shuffle=shuffle)
+    batches = rows(source)
+    assert len(source) == len(batches) == -(-num // batch_size)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert sorted(flat(batches)) == list(range(num))
+
+
+@pytest.mark.parametrize(
+    ("num", "batch_size", "world_size"), [(24, 8, 2), (24, 8, 4), (26, 8, 2), (28, 8, 4), (8, 8, 8)]
+)
+def test_ranks_partition_each_global_batch(num, batch_size, world_size):
+    for epoch in range(2):
+        whole = rows(loader(num, batch_size, epoch=epoch))
+        shares = [
+            rows(loader(num, batch_size, epoch=epoch, rank=rank, world_size=world_size)) for rank in range(world_size)
+        ]
+        assert {len(share) for share in shares} == {len(whole)}
+        for batch, *parts in zip(whole, *shares, strict=True):
+            assert {len(part) for part in parts} == {len(batch) // world_size}
+            assert sorted(flat(parts)) == sorted(batch)
+
+
+def test_shuffled_ranks_leave_out_a_last_batch_that_does_not_divide():
+    # 11 = 4 + 4 + 3, and 3 rows are no two equal shares; another epoch leaves out others.
+    shares = [loader(rank=rank, world_size=2) for rank in range(2)]
+    assert [len(share) for share in shares] == [2, 2]
+    seen = [set(flat(rows(shares[0])) + flat(rows(shares[1]))) for _ in range(4)]
+    assert [len(epoch) for epoch in seen] == [8] * 4
+    assert set.union(*seen) == set(range(11))
+
+
+@pytest.mark.parametrize(("num", "last"), [(12, [2, 2]), (11, [2, 1]), (9, [1, None]), (1, [1, None])])
+def test_unshuffled_ranks_cover_everything_once(num, last):
+    shares = [rows(loader(num, shuffle=False, rank=rank, world_size=2)) for rank in range(2)]
+    assert sorted(flat(shares[0]) + flat(shares[1])) == list(range(num))
+    full = (num - 1) // 4
+    assert [[len(batch) for batch in share[full:]] for share in shares] == [[size] if size else [] for size in last]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_with_the_very_next_batch(num_workers):
+    kwargs = {"num_workers": num_workers}
+    expected = epochs(loader(), 4)
+    for done in (0, 1, 2):  # whole epochs before
+        source = loader(**kwargs)
+        assert epochs(source, done) == expected[:done]
+        for position in (1, 2):  # and batches of the next
+            begun = iter(source)
+            rows(islice(begun, position))
+            after = resumed(source.state_dict(), **kwargs)
+            assert rows(after) == expected[done][position:]
+            assert epochs(after, 3 - done) == expected[done + 1 :]
+            source = loader(epoch=done, **kwargs)
+
+
+def test_the_state_counts_the_batches_handed_out():
+    source = loader()
+    begun = iter(source)
+    assert source.state_dict() == {"epoch": 0, "position": 0, "seed": 0}
+    next(begun)
+    assert source.state_dict() == {"epoch": 0, "position": 1, "seed": 0}
+    rows(begun)
+    assert source.state_dict() == {"epoch": 0, "position": 3, "seed": 0}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_stopped_at_the_end_of_an_epoch_begins_the_next(num_workers):
+    expected = epochs(loader(), 3)
+    source = loader(num_workers=num_workers)
+    rows(source)
+    after = resumed(source.state_dict(), num_workers=num_workers)
+    assert epochs(after, 2) == expected[1:]
+
+
+def test_a_loader_that_has_not_begun_begins_at_the_beginning():
+    source = loader()
+    assert epochs(resumed(source.state_dict()), 2) == epochs(loader(), 2)
+
+
+def test_a_loader_in_use_can_be_put_back():
+    source = loader()
+    first = epochs(source, 2)
+    source.load_state_dict({"epoch": 0, "position": 1, "seed": 0})
+    assert epochs(source, 2) == [first[0][1:], first[1]]
+
+
+def test_a_resumed_loader_can_be_stopped_again():
+    expected = flat(epochs(loader(), 2))
+    seen, state = [], loader().state_dict()
+    for _ in expected:
+        source = resumed(state)
+        seen += rows(islice(iter(source), 1))
+        state = source.state_dict()
+    assert seen == expected
+
+
+def test_an_epoch_that_the_trainer_ends_early_is_over():
+    expected = [epoch[:2] for epoch in epochs(loader(), 3)]
+    source = loader(max_batches=2)
+    assert [rows(islice(iter(source), 2)) for _ in range(2)] == expected[:2]
+    after = resumed(source.state_dict(), max_batches=2)
+    assert rows(islice(iter(after), 2)) == expected[2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_iteration_left_behind_does_not_disturb_the_next(num_workers):
+    source = loader(num_workers=num_workers)
+    next(iter(source))
+    assert epochs(source, 2) == epochs(loader(), 3)[1:]
+
+
+def test_ranks_go_on_from_the_state_of_rank_0_and_in_another_number():
+    expected = epochs(loader(num=12), 2)
+    sources = [loader(num=12, rank=rank, world_size=2) for rank in range(2)]
+    for source in sources:
+        rows(islice(iter(source), 1))
+    assert sources[0].state_dict() == sources[1].state_dict()
+    halves = [resumed(sources[0].state_dict(), num=12, rank=rank, world_size=2) for rank in range(2)]
+    whole = resumed(sources[0].state_dict(), num=12)
+    assert rows(whole) == expected[0][1:]
+    for batch, *parts in zip(expected[0][1:], *map(rows, halves), strict=True):
+        assert sorted(flat(parts)) == sorted(batch)

@@ -1,0 +1,53 @@
+"""Run by test_distributed.py in processes of its own: python two_ranks.py MODEL FOLDER DEVICES."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
+from dpo_lightning.losses import DPOLoss
+from dpo_lightning.references import fingerprint
+
+
+class Ranks(Callback):
+    """What only a running strategy knows."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = fingerprint(pl_module.reference_policy)
+        wrapped = trainer.strategy.model
+        ignored = getattr(wrapped, "parameters_to_ignore", set())
+        names = [name for name, parameter in pl_module.named_parameters() if name not in ignored]
+        self.buckets = len([name for name in names if not name.startswith("reference_policy")])
+        if trainer.world_size > 1:
+            assert all(name in ignored for name, _ in pl_module.named_parameters() if name.startswith("reference_"))
+
+
+def main(model, folder, devices):
+    seed_everything(0)
+    rows = [{"prompt": "the film", "chosen": f" was good {i}", "rejected": f" bad {i}"} for i in range(31)]
+    module = DPOModule(PolicySpec(path=model), DPOLoss(), lr=1e-2, optimizer=None)
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-1)
+    ranks = Ranks()
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        callbacks=[ranks], num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, PreferenceDataModule(rows[:24], rows[24:], tokenizer=model, batch_size=4, val_batch_size=4))
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items() if "per_second" not in name}
+    if trainer.is_global_zero:
+        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, Path(folder) / "weights.pt")
+        result = {
+            "logged": logged,
+            "reference_unchanged": fingerprint(module.reference_policy) == ranks.before,
+            "gradient_buckets": ranks.buckets,
+            "trainable": sum(parameter.requires_grad for parameter in module.parameters()),
+        }
+        (Path(folder) / "metrics.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
