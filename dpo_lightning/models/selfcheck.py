@@ -105,7 +105,7 @@ def choose_layout(
         except Exception as error:  # families fail in their own ways; what counts is that this one did
             return Verdict("rows", family, reason=f"its code fails on one ({type(error).__name__}: {error})")
         harm = [_rms(stream.token_logps(wrong), expected) for wrong in wrong_batches(batch)]
-        wider = _wrong_windows(model, trust_remote_code, batch, expected)
+        wider = _wrong_windows(model, trust_remote_code)
         harm += [_rms(stream.token_logps(batch), expected) for stream in wider]
         sensitivity = min(harm)
         if not difference <= min(ROUNDING, sensitivity / SENSITIVITY):
@@ -317,20 +317,18 @@ def _far_from_flat(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _wrong_windows(
-    model: PreTrainedModel, trust_remote_code: bool, batch: PreferenceBatch, expected: Tensor
-) -> Iterator[CausalPolicy]:
+def _wrong_windows(model: PreTrainedModel, trust_remote_code: bool) -> Iterator[CausalPolicy]:
     """The stream of the same weights with a window one position too wide, where there is a window."""
-    if not getattr(model.config, "sliding_window", None):
+    # Some configs name a window that, by their own list, no layer uses.
+    unused = set(getattr(model.config, "layer_types", None) or ()) == {"full_attention"}
+    if unused or not getattr(model.config, "sliding_window", None):
         return
     config = copy.deepcopy(model.config)
     config.sliding_window += 1
     wider = _build(config, trust_remote_code).eval()
     wider.load_state_dict(model.state_dict())
     wider.to(model.device)
-    # Some configs name a window that none of their layers uses: widening it is not wrong.
-    if _rms(own_logps(wider, batch), expected) > ROUNDING:
-        yield CausalPolicy(wider, "stream")
+    yield CausalPolicy(wider, "stream")
 
 
 def _rms(values: Tensor, expected: Tensor) -> float:

@@ -105,6 +105,14 @@ def test_sixteen_bit_weights_have_a_softmax_in_fp32(constants, dtype):
         assert (value.double() - want).norm() < 2 * torch.finfo(dtype).eps * want.norm()
 
 
+def test_gradients_of_bf16_weights_are_summed_over_chunks_in_fp32():
+    hidden, target, weight, _ = inputs(400, 8, 5, torch.bfloat16, bias=False)
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(plain(hidden.double(), target, exact, None).sum(), exact)
+    (gradient,) = torch.autograd.grad(token_logps(hidden, target, weight, chunk_bytes=1).sum(), weight)
+    assert (gradient - expected).norm() < torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
 def test_a_softmax_in_bf16_would_be_far_worse():
     hidden, target, weight, _ = inputs(64, 64, 500, torch.bfloat16, bias=False)
     exact = plain(hidden.double(), target, weight.double(), None)

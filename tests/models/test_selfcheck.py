@@ -8,9 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from dpo_lightning.data.collate import collate
+from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.functional.attention import RaggedLayout
 from dpo_lightning.models import policy, seam, selfcheck
-from dpo_lightning.models.selfcheck import SENSITIVITY, WINDOW, choose_layout, miniature
+from dpo_lightning.models.selfcheck import SENSITIVITY, WINDOW, choose_layout, miniature, wrong_batches
 
 STREAM = [
     "llama",
@@ -169,13 +171,42 @@ def test_the_window_counts_where_a_layer_uses_it(monkeypatch):
     assert choose_layout(config).layout == "rows"
 
 
+def test_a_miniature_on_which_the_window_makes_no_difference_proves_nothing(monkeypatch):
+    monkeypatch.setattr(selfcheck, "WINDOW", 64)  # longer than every row
+    verdict = choose_layout(family_config("mistral"))
+    assert verdict.layout == "rows"
+    assert verdict.sensitivity < 1e-4
+
+
+def test_wrong_attention_by_hand():
+    # The stream is p p a a b b b | p a: first the prompt is hidden from b, then a is shown to b.
+    batch = collate([TokenizedExample([8, 9], [[10, 11], [12, 13, 14]], 1), TokenizedExample([15], [[16]], 2)])
+    dropped, sibling = wrong_batches(batch)
+    assert dropped.spans.tolist() == [[0, 4, 0, 0], [4, 7, 0, 0], [7, 9, 7, 7]]
+    assert dropped.key_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert dropped.max_key == 4
+    assert sibling.spans.tolist() == [[0, 4, 0, 0], [4, 7, 0, 4], [7, 9, 7, 7]]
+    assert sibling.key_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert sibling.max_key == 7
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
-def test_the_callers_random_state_and_logging_are_left_alone(family):
+def test_the_callers_random_state_is_left_alone(family):
     torch.manual_seed(123)
-    before, verbosity = torch.get_rng_state(), transformers_logging.get_verbosity()
+    before = torch.get_rng_state()
     choose_layout(family_config(family))
     assert torch.equal(torch.get_rng_state(), before)
-    assert transformers_logging.get_verbosity() == verbosity
+
+
+@pytest.mark.parametrize("level", [transformers_logging.INFO, transformers_logging.CRITICAL])
+def test_the_callers_logging_is_left_alone(level):
+    before = transformers_logging.get_verbosity()
+    try:
+        transformers_logging.set_verbosity(level)
+        choose_layout(family_config("gpt2"))
+        assert transformers_logging.get_verbosity() == level
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def test_the_config_is_left_alone_and_the_verdict_is_the_same_twice():
@@ -192,7 +223,7 @@ def test_the_config_is_left_alone_and_the_verdict_is_the_same_twice():
         ("gemma3_text", {}, {"sliding_attention", "full_attention"}),
         ("gpt_oss", {}, {"sliding_attention", "full_attention"}),
         ("cohere2", {}, {"sliding_attention", "full_attention"}),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, set()),  # every second layer is dense
+        ("qwen3_moe", {"decoder_sparse_step": 3}, set()),  # the first two layers are dense
         ("qwen3_moe", {"mlp_only_layers": [0]}, set()),
     ],
 )
