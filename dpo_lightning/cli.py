@@ -116,6 +116,11 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dpo_lightning").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
+    # Lightning's advice to install services that log and upload.
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
     # The reference is in evaluation mode on purpose; the other is Lightning's own use of torch.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")

@@ -152,12 +152,14 @@ def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> flo
 
 
 def _read_prompts(path: str) -> list[str]:
-    prompts = [row.get("prompt") for row in Files(path)]
-    for number, prompt in enumerate(prompts, start=1):
+    prompts: list[str] = []
+    for number, row in Files(path).numbered():
+        prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str):
             raise UsageError(
                 f"{path}, row {number}: LogSamples needs a column 'prompt' that holds text, got {prompt!r}."
             )
+        prompts.append(prompt)
     if not prompts:
         raise UsageError(f"{path}: LogSamples needs at least one prompt.")
-    return prompts  # type: ignore[return-value]
+    return prompts

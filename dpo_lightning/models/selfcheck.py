@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.attention import RaggedLayout, causal_mask, plain_attention, ragged_causal_attention
 from dpo_lightning.models.policy import CausalPolicy, Layout
 
@@ -78,7 +79,7 @@ def choose_layout(
         trust_remote_code: Whether to run model code that a checkpoint brings.
 
     Raises:
-        ValueError: If even padded rows differ from the model's own logits: the family then does something between
+        UsageError: If even padded rows differ from the model's own logits: the family then does something between
             hidden states and logits that the engine does not know.
     """
     family, device = config.model_type, torch.device(device)
@@ -94,7 +95,7 @@ def choose_layout(
         expected = own_logps(model, batch)
         rows = _rms(CausalPolicy(model, "rows").token_logps(batch), expected)
         if not rows <= ROUNDING:
-            raise ValueError(
+            raise UsageError(
                 f"{family}: log-probabilities from hidden states and output head differ from the model's own logits "
                 f"by {rows:.1e} nats a token, so this family does something between the two that dpo_lightning does "
                 "not know. Please open an issue that names the model."

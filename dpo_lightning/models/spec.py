@@ -76,7 +76,9 @@ class PolicySpec:
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model."""
-        return self._from_pretrained(AutoTokenizer, self.tokenizer or self.path)
+        if self.tokenizer is None:
+            return self._from_pretrained(AutoTokenizer, self.path)
+        return self._from_pretrained(AutoTokenizer, self.tokenizer, key="policy.tokenizer", revision=None)
 
     def _layout(
         self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None
@@ -92,28 +94,27 @@ class PolicySpec:
         dtype = getattr(torch, self.dtype)
         if self.random_init:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        weights = {} if self.allow_pickle else {"use_safetensors": True}
+        weights: dict[str, Any] = {} if self.allow_pickle else {"use_safetensors": True}
         return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **weights)
 
-    def _from_pretrained(self, auto: Any, path: str, **kwargs: Any) -> Any:
+    def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
         location = Path(resolve(path)).expanduser()
         local = location.is_dir()
         if not local and (path.count("/") > 1 or path.startswith((PACKAGE, ".", "/", "~"))):
-            raise UsageError(f"`policy.path`: there is no folder {path}, and it is no name on a hub (owner/model).")
+            raise UsageError(f"`{key}`: there is no folder {path}, and it is no name on a hub (owner/model).")
         try:
             return auto.from_pretrained(
                 str(location) if local else path,
-                revision=self.revision,
                 local_files_only=local,
                 trust_remote_code=self.trust_remote_code,
-                **kwargs,
+                **{"revision": self.revision, **kwargs},
             )
         except (OSError, ValueError) as error:
             where = f"folder {path}" if local else f"{path}, which is no folder here and could not be had from a hub"
             pickles = "use_safetensors" in kwargs and "safetensors" in str(error)
             remedy = " Pickled weights can run code: load them by `policy.allow_pickle: true`, if you trust them."
             raise UsageError(
-                f"`policy.path`: cannot load {auto.__name__} from {where}: {error}{remedy if pickles else ''}"
+                f"`{key}`: cannot load {auto.__name__} from {where}: {error}{remedy if pickles else ''}"
             ) from error
 
 

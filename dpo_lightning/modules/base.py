@@ -116,11 +116,15 @@ class PolicyModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
-        if not self.log_is_due:
+        step = self.trainer.global_step + 1
+        due = step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if not due and step > 1:  # the progress bar has something to show from the first step on
             return
         metric = self.metric("fit")
         for name, value in metric.compute().items():
             self.log(f"train/{name}", value, prog_bar=name in self.progress_names)
+        if not due:
+            return
         metric.reset()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
@@ -128,12 +132,6 @@ class PolicyModule(LightningModule):
             self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
 
     progress_names: tuple[str, ...] = ("loss",)
-
-    @property
-    def log_is_due(self) -> bool:
-        """Whether the optimizer step under way is one that the Trainer logs."""
-        step = self.trainer.global_step + 1
-        return step % self.trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self) -> None:
         """Log validation metrics over the whole set and all ranks."""
