@@ -1,9 +1,12 @@
-"""The two types that data and models share: what a batch holds, and what a model says of it."""
+"""What data and models share: a batch, how its stream is laid out, and what a model says of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +14,7 @@ class PreferenceBatch(NamedTuple):
     """B examples of a prompt and up to K responses, best first, as one stream of T tokens without padding.
 
     For each example the stream holds ``prompt | response_1 | ... | response_K``. Nothing but this type and its
-    collator knows the order: the model is told which tokens attend to which, and which of them to score.
+    layout below knows the order: the model is told which tokens attend to which, and which of them to score.
 
     Attributes:
         input_ids: Tokens of the stream, int64, shape ``(T,)``.
@@ -28,7 +31,6 @@ class PreferenceBatch(NamedTuple):
         row: Number of each example in its data source, for messages, int64, shape ``(B,)``.
         max_query: Most queries in a sequence, kept on the host so that no kernel has to ask the device.
         max_key: Most tokens in a sequence, prefix included.
-        reference_logps: Reference log-probabilities where the data brings them, shape ``(B, K)``.
     """
 
     input_ids: Tensor
@@ -42,7 +44,6 @@ class PreferenceBatch(NamedTuple):
     row: Tensor
     max_query: int
     max_key: int
-    reference_logps: Tensor | None = None
 
 
 class Logps(NamedTuple):
@@ -55,3 +56,60 @@ class Logps(NamedTuple):
 
     total: Tensor
     length: Tensor
+
+
+def lay_out(
+    examples: Sequence[tuple[list[int], list[list[int]]]], rows: Sequence[int] | None = None
+) -> PreferenceBatch:
+    """One stream ``prompt | response_1 | ... | response_K``, example behind example, no padding.
+
+    Args:
+        examples: Prompt tokens and the tokens of the responses, best first; at least one token each. Examples may
+            have different numbers of responses.
+        rows: Number of each example in its source; 0, 1, ... unless given.
+
+    Returns:
+        A batch on the CPU, with K the largest number of responses.
+    """
+    num_responses = max(len(responses) for _, responses in examples)
+    tokens: list[list[int]] = []
+    positions: list[range] = []
+    spans: list[tuple[int, int, int, int]] = []
+    keys: list[range] = []
+    sources: list[chain[int]] = []
+    lengths: list[list[int]] = []
+    cursor = 0
+    for prompt_ids, responses in examples:
+        prompt_start, prompt = cursor, len(prompt_ids)
+        prompt_end = prompt_start + prompt
+        tokens.append(prompt_ids)
+        positions.append(range(prompt))
+        cursor = prompt_end
+        for index, response in enumerate(responses):
+            start, cursor = cursor, cursor + len(response)
+            tokens.append(response)
+            positions.append(range(prompt, prompt + len(response)))
+            if index == 0:
+                spans.append((prompt_start, cursor, prompt_start, prompt_start))
+            else:
+                spans.append((start, cursor, prompt_start, prompt_end))
+                keys.append(range(prompt_start, prompt_end))
+            keys.append(range(spans[-1][0], cursor))
+            # The last token of the prompt predicts the first of every response.
+            sources.append(chain((prompt_end - 1,), range(start, cursor - 1)))
+        lengths.append([len(response) for response in responses] + [0] * (num_responses - len(responses)))
+    length = torch.tensor(lengths)
+    shares_prompts = num_responses > 1
+    return PreferenceBatch(
+        input_ids=torch.tensor(list(chain.from_iterable(tokens))),
+        position_ids=torch.tensor(list(chain.from_iterable(positions))),
+        spans=torch.tensor(spans),
+        key_index=torch.tensor(list(chain.from_iterable(keys))) if shares_prompts else None,
+        source=torch.tensor(list(chain.from_iterable(sources))),
+        target=torch.tensor([token for _, responses in examples for response in responses for token in response]),
+        owner=torch.repeat_interleave(length.flatten()),
+        length=length,
+        row=torch.tensor(rows if rows is not None else range(len(examples))),
+        max_query=max(end - start for start, end, _, _ in spans),
+        max_key=max(end - start + stop - begin for start, end, begin, stop in spans),
+    )

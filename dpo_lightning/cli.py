@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.callbacks import ExportHF, ProgressBar
@@ -69,10 +68,12 @@ class DPOLightningCLI(LightningCLI):
             config["callbacks"] = [*callbacks, ProgressBar()]
         return super().instantiate_trainer(**kwargs)
 
-    @rank_zero_only
     def after_fit(self) -> None:
-        """Say where things were written."""
-        places = {"Logs": f"{self.trainer.log_dir}   (tensorboard --logdir {self.trainer.log_dir})"}
+        """Say where things were written, on the first rank."""
+        log_dir = self.trainer.log_dir  # asked on all ranks, since the Trainer broadcasts it
+        if not self.trainer.is_global_zero:
+            return
+        places = {"Logs": f"{log_dir}   (tensorboard --logdir {log_dir})"}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint):
                 score = (

@@ -55,11 +55,11 @@ class PairwiseLoss(PreferenceLoss):
         """Loss of reward margins, shape ``(B,)`` to ``(B,)``."""
 
 
-def log_ratios(policy: Logps, reference: Logps | None) -> Tensor:
-    """Log-probabilities of the policy minus those of the reference, fp32 or wider, shape ``(B, K)``."""
+def implicit_rewards(policy: Logps, reference: Logps | None, beta: float) -> Tensor:
+    """Beta times the log-ratio of policy and reference, fp32 or wider, shape ``(B, K)``."""
     assert reference is not None, "a loss with `needs_reference` was called without one"
     wide = torch.promote_types(policy.total.dtype, torch.float32)
-    return policy.total.to(wide) - reference.total.to(wide)
+    return preference.implicit_rewards(policy.total.to(wide), reference.total.to(wide), beta)
 
 
 def _require(value: bool, name: str, expected: str, got: object, remedy: str) -> None:
@@ -85,7 +85,7 @@ class DPOLoss(PairwiseLoss):
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Tensor:
         """Beta times the log-ratio, shape ``(B, K)``."""
-        return self.beta * log_ratios(policy, reference)
+        return implicit_rewards(policy, reference, self.beta)
 
     def margin_loss(self, margin: Tensor) -> Tensor:
         """Bradley-Terry likelihood of the labels."""
@@ -128,8 +128,8 @@ class IPOLoss(PairwiseLoss):
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Tensor:
         """Tau times the log-ratio (of means where length-normalised), shape ``(B, K)``."""
-        ratios = log_ratios(policy, reference)
-        return self.tau * (ratios / policy.length.clamp(min=1) if self.length_normalized else ratios)
+        rewards = implicit_rewards(policy, reference, self.tau)
+        return rewards / policy.length.clamp(min=1) if self.length_normalized else rewards
 
     def margin_loss(self, margin: Tensor) -> Tensor:
         """Squared distance of the log-ratio margin from its target."""
@@ -151,7 +151,7 @@ class HingeLoss(PairwiseLoss):
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Tensor:
         """Beta times the log-ratio, shape ``(B, K)``."""
-        return self.beta * log_ratios(policy, reference)
+        return implicit_rewards(policy, reference, self.beta)
 
     def margin_loss(self, margin: Tensor) -> Tensor:
         """Zero from a margin of one."""
@@ -205,7 +205,7 @@ class PlackettLuceLoss(PreferenceLoss):
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Tensor:
         """Beta times the log-ratio, shape ``(B, K)``."""
-        return self.beta * log_ratios(policy, reference)
+        return implicit_rewards(policy, reference, self.beta)
 
 
 def _check_label_smoothing(value: float) -> None:

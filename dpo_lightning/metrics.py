@@ -43,8 +43,11 @@ class PreferenceMetrics(Metric):
             (policy.total[:, 0], every),
             (_mean(policy.total[:, 1:], others), paired),
         )
-        self.sums += torch.stack([torch.where(counted, value.detach().float(), 0.0).sum() for value, counted in values])
-        self.counts += torch.stack([counted.sum() for _, counted in values])
+        # `.float()`: under precision bf16-true the Trainer casts these sums with the rest.
+        self.sums = self.sums.float() + torch.stack(
+            [torch.where(counted, value.detach().float(), 0.0).sum() for value, counted in values]
+        )
+        self.counts = self.counts.float() + torch.stack([counted.sum() for _, counted in values])
 
     def compute(self) -> dict[str, Tensor]:
         """Means over all examples, by name."""
@@ -66,8 +69,8 @@ class TokenMetrics(Metric):
 
     def update(self, policy: Logps) -> None:
         """Add a batch."""
-        self.nll -= policy.total.detach().float().sum()
-        self.tokens += policy.length.sum()
+        self.nll = self.nll.float() - policy.total.detach().float().sum()
+        self.tokens = self.tokens.float() + policy.length.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` and ``perplexity``."""

@@ -27,6 +27,9 @@ class Reference(ABC):
     def is_initial_policy(self) -> bool:
         """Whether the reference is the policy as training found it, so that all margins start at 0."""
 
+    def check(self, spec: PolicySpec) -> None:  # noqa: B027  (nothing to check is a fine answer)
+        """Raise a UsageError where :meth:`build` is bound to fail; cheap."""
+
     @abstractmethod
     def build(self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]) -> FrozenPolicy:
         """The frozen model.
@@ -54,6 +57,11 @@ class FrozenCopy(Reference):
     def is_initial_policy(self) -> bool:
         """True without a path."""
         return self.path is None
+
+    def check(self, spec: PolicySpec) -> None:
+        """A named model must exist."""
+        if self.path is not None:
+            at(spec, self.path, self.revision).load_config()
 
     def build(self, policy: CausalPolicy, spec: PolicySpec, load: Callable[[PolicySpec], CausalPolicy]) -> FrozenPolicy:
         """A deep copy, or the model at the path."""

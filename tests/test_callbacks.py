@@ -61,7 +61,9 @@ def test_figures_by_hand(tiny_llama, tmp_path, monkeypatch):
     )
     callback = LogSamples(PROMPTS, score=lambda text: 1.0 if "good" in text else -2.0, temperature=0.5)
     fit(tiny_llama, tmp_path, [callback], steps=1)
-    assert callback.after[1] == pytest.approx({"length": 2.0, "distinct": 2 / 3, "score": 0.0, "positive": 2 / 3})
+    assert callback.after[1] == pytest.approx(
+        {"length": 2.0, "distinct": 1 / 3, "score": 0.0, "positive": 2 / 3, "positive_distinct": 0.0}
+    )
 
 
 def test_no_kl_without_a_reference(tiny_llama, tmp_path):

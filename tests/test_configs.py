@@ -22,7 +22,7 @@ REPLACED = {
     "data.max_prompt_length",
     "trainer.max_epochs",
     "trainer.accelerator",
-    "trainer.logger",
+    "trainer.logger.save_dir",
     "ExportHF.dir",
     "LogSamples.prompts",
     "LogSamples.max_new_tokens",
@@ -85,7 +85,9 @@ def found(cli, key):
         optimizer = cli.trainer.optimizers[0]
         return f"torch.optim.{type(optimizer).__name__}" if name == "class_path" else optimizer.defaults[name]
     if part == "trainer":
-        return getattr(cli.trainer, {"val_check_interval": "val_check_interval"}.get(name, name))
+        owner, _, rest = name.partition(".")
+        value = getattr(cli.trainer, owner)
+        return value if not rest else type(value).__name__ if rest == "class_path" else getattr(value, rest)
     callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == part)
     value = getattr(callback, name)
     return f"{value.__module__}.{value.__name__}" if callable(value) else value
@@ -104,7 +106,10 @@ def flat(config):
     for name, value in config["data"]["init_args"].items():
         yield f"data.{name}", value["class_path"] if name == "format" else value
     for name, value in config["trainer"].items():
-        if name != "callbacks":
+        if name == "logger":
+            yield "trainer.logger.class_path", value["class_path"]
+            yield from ((f"trainer.logger.{key}", item) for key, item in value["init_args"].items())
+        elif name != "callbacks":
             yield f"trainer.{name}", value
     for callback in config["trainer"]["callbacks"]:
         yield from ((f"{callback['class_path']}.{k}", v) for k, v in callback.get("init_args", {}).items())

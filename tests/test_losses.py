@@ -16,7 +16,7 @@ from dpo_lightning.losses import (
     PlackettLuceLoss,
     RobustDPOLoss,
     SimPOLoss,
-    log_ratios,
+    implicit_rewards,
 )
 
 # One pair: log-ratios 2 and -4 nats, responses of 5 and 2 tokens.
@@ -248,7 +248,7 @@ def test_a_loss_of_ones_own_is_a_subclass_with_two_methods():
         beta: float = 0.5
 
         def rewards(self, policy, reference):
-            return self.beta * log_ratios(policy, reference)
+            return implicit_rewards(policy, reference, self.beta)
 
         def margin_loss(self, margin):
             return (-margin).exp()

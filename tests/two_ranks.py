@@ -1,4 +1,4 @@
-"""Run by test_distributed.py in processes of its own: python two_ranks.py MODEL FOLDER DEVICES."""
+"""Run by test_distributed.py in processes of its own: python two_ranks.py MODEL FOLDER DEVICES dpo|sft."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
+from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule, SFTModule
 from dpo_lightning.losses import DPOLoss
 from dpo_lightning.references import fingerprint
 
@@ -15,8 +15,11 @@ from dpo_lightning.references import fingerprint
 class Ranks(Callback):
     """What only a running strategy knows."""
 
+    def reference(self, module):
+        return fingerprint(module.reference_policy) if isinstance(module, DPOModule) else ""
+
     def on_train_start(self, trainer, pl_module):
-        self.before = fingerprint(pl_module.reference_policy)
+        self.before = self.reference(pl_module)
         wrapped = trainer.strategy.model
         ignored = getattr(wrapped, "parameters_to_ignore", set())
         names = [name for name, parameter in pl_module.named_parameters() if name not in ignored]
@@ -25,24 +28,36 @@ class Ranks(Callback):
             assert all(name in ignored for name, _ in pl_module.named_parameters() if name.startswith("reference_"))
 
 
-def main(model, folder, devices):
+def main(model, folder, devices, sft):
     seed_everything(0)
-    rows = [{"prompt": "the film", "chosen": f" was good {i}", "rejected": f" bad {i}"} for i in range(31)]
-    module = DPOModule(PolicySpec(path=model), DPOLoss(), lr=1e-2, optimizer=None)
-    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e-1)
+    rows = [
+        {"prompt": "the film", "chosen": " was good" * (1 + i % 4) + f" {i}", "rejected": f" bad {i}"}
+        for i in range(31)
+    ]
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1e-1)
+
+    spec = PolicySpec(path=model)
+    module = SFTModule(spec, optimizer=sgd) if sft else DPOModule(spec, DPOLoss(), optimizer=sgd)
     ranks = Ranks()
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         callbacks=[ranks], num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(module, PreferenceDataModule(rows[:24], rows[24:], tokenizer=model, batch_size=4, val_batch_size=4))
+    trainer.fit(
+        module,
+        PreferenceDataModule(
+            rows[:24], rows[24:], tokenizer=model, batch_size=4, val_batch_size=4, num_responses=1 if sft else None
+        ),
+    )
     logged = {name: value.item() for name, value in trainer.callback_metrics.items() if "per_second" not in name}
     if trainer.is_global_zero:
         torch.save({name: value.cpu() for name, value in module.state_dict().items()}, Path(folder) / "weights.pt")
         result = {
             "logged": logged,
-            "reference_unchanged": fingerprint(module.reference_policy) == ranks.before,
+            "reference_unchanged": ranks.reference(module) == ranks.before,
             "gradient_buckets": ranks.buckets,
             "trainable": sum(parameter.requires_grad for parameter in module.parameters()),
         }
@@ -50,4 +65,4 @@ def main(model, folder, devices):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sft=sys.argv[4] == "sft")

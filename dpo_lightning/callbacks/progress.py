@@ -9,15 +9,27 @@ SHORT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar with short names: loss, accuracy, margin, and the same of validation."""
+    """Lightning's progress bar with short names: loss, accuracy, margin, and the same of validation.
+
+    Metrics are read when they are logged and kept for the steps between, so that showing them makes no step wait for
+    the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, int | str | float | dict[str, float]] = {}
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Metrics without the training stage's prefix and the version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return {_short(name): value for name, value in metrics.items()}
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        between_log_lines = trainer.training and step > 1 and (interval == 0 or step % interval > 0)
+        if not between_log_lines:
+            metrics = super().get_metrics(trainer, pl_module)
+            metrics.pop("v_num", None)
+            self._shown = {_short(name): value for name, value in metrics.items()}
+        return self._shown
 
 
 def _short(name: str) -> str:

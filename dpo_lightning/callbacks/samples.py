@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,6 +53,7 @@ class LogSamples(Callback):
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
+        self._sampled_at = -1
         self.before: tuple[list[Continuation], dict[str, float]] | None = None
         self.after: tuple[list[Continuation], dict[str, float]] | None = None
 
@@ -62,13 +64,18 @@ class LogSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Sample from the policy as it stands."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.after = self._sample(trainer, pl_module)
+            self._sample_after(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Sample from the trained policy and print the table."""
-        self.after = self._sample(trainer, pl_module)
+        self._sample_after(trainer, pl_module)
         if trainer.is_global_zero:
             print(self.table())
+
+    def _sample_after(self, trainer: Trainer, module: PolicyModule) -> None:
+        if self._sampled_at != trainer.global_step:
+            self._sampled_at = trainer.global_step
+            self.after = self._sample(trainer, module)
 
     def table(self) -> str:
         """Some prompts with their continuations before and after, and what was measured over all of them."""
@@ -85,7 +92,8 @@ class LogSamples(Callback):
                 text = "..." + continuation.text.replace("\n", " ")
                 lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
         lines.append(f"\n  {'over all ' + str(len(self.prompts)):24}{'before':>10}{'after':>10}")
-        names = {"score": "mean score", "positive": "share positive", "distinct": "share distinct",
+        names = {"score": "mean score", "positive": "share positive", "positive_distinct": "  unlike each other",
+                 "distinct": "share distinct",
                  "kl": "KL to reference, nats", "length": "tokens"}  # fmt: skip
         for name, label in names.items():
             if name in self.after[1]:
@@ -111,12 +119,14 @@ class LogSamples(Callback):
         texts = [continuation.text for continuation in continuations]
         figures = {
             "length": sum(len(continuation.ids) for continuation in continuations) / len(texts),
-            "distinct": len(set(texts)) / len(texts),
+            "distinct": distinct(texts),
         }
         if self.score is not None:
             scores = [self.score(prompt + text) for prompt, text in zip(self.prompts, texts, strict=True)]
             figures["score"] = sum(scores) / len(scores)
-            figures["positive"] = sum(score > 0 for score in scores) / len(scores)
+            positive = [text for text, score in zip(texts, scores, strict=True) if score > 0]
+            figures["positive"] = len(positive) / len(texts)
+            figures["positive_distinct"] = distinct(positive)
         whole_distribution = self.temperature == 1 and self.top_p == 1
         if whole_distribution and isinstance(module, DPOModule) and module.loss.needs_reference:
             figures["kl"] = sequence_kl(module, continuations)
@@ -130,6 +140,11 @@ class LogSamples(Callback):
                 shown = zip(self.prompts[: self.num_shown], continuations, strict=False)
                 text = "\n\n".join(f"{prompt} **{continuation.text.strip()}**" for prompt, continuation in shown)
                 logger.experiment.add_text("samples", text, step)
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """Share of texts that are unlike every other."""
+    return sum(count == 1 for count in Counter(texts).values()) / max(1, len(texts))
 
 
 @torch.no_grad()

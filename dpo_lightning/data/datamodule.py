@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -78,6 +79,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.examples: dict[str, list[TokenizedExample]] = {}
         self.reports: list[DataReport] = []
+        self.seed: int | None = None
         if val is None and not val_fraction:
             # Without validation data this method is not defined, and the Trainer leaves validation out.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -124,6 +126,14 @@ class PreferenceDataModule(LightningDataModule):
         """Every example once, in order."""
         return self._loader("test", self.val_batch_size)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order, which every later epoch needs."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the order of the run that is continued."""
+        self.seed = state_dict["seed"]
+
     def _read(self, source: Source) -> list[TokenizedExample]:
         report = DataReport(str(source))
         examples: list[PreferenceExample] = []
@@ -165,10 +175,13 @@ class PreferenceDataModule(LightningDataModule):
         examples = self.examples[split]
         rank, world_size, epoch, limit, seed, on_gpu = 0, 1, 0, 1.0, torch.initial_seed(), False
         if self.trainer is not None:
-            rank, world_size, epoch = self.trainer.global_rank, self.trainer.world_size, self.trainer.current_epoch
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            # Not `current_epoch`: resumed at the end of an epoch, the Trainer still counts that one as current.
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             limit = self.trainer.limit_train_batches
-            seed = self.trainer.strategy.broadcast(seed)
+            seed = self.trainer.strategy.broadcast(seed if self.seed is None else self.seed)
             on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        self.seed = seed
         if batch_size % world_size:
             raise UsageError(
                 f"A {split} batch of {batch_size} examples does not divide among {world_size} devices; change "

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.errors import UsageError
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -105,10 +106,23 @@ class ResumableLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches handed out in it, and the seed of the order."""
-        return {"epoch": self._epoch, "position": self._position, "seed": self.order.seed}
+        """Epoch, batches handed out in it, and what fixes the order."""
+        order = self.order
+        fixed = {"seed": order.seed, "num_examples": order.num_examples, "batch_size": order.batch_size}
+        return {"epoch": self._epoch, "position": self._position, **fixed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last batch that was handed out."""
+        """Continue behind the last batch that was handed out.
+
+        Raises:
+            UsageError: If the examples or the size of a batch are others than they were.
+        """
+        for name, what in (("num_examples", "training examples"), ("batch_size", "`data.init_args.batch_size`")):
+            if state[name] != getattr(self.order, name):
+                raise UsageError(
+                    f"The checkpoint stands in the middle of an epoch with {what} {state[name]}, now {what} "
+                    f"{getattr(self.order, name)}: it cannot continue with the next batch. Use the same data and batch "
+                    "size, or start anew from its weights."
+                )
         self._epoch, self._position, self.order.seed = state["epoch"], state["position"], state["seed"]
         self._started = False

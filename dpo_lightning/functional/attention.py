@@ -166,7 +166,7 @@ def plain_attention(
 
 
 def varlen_applies(query: Tensor, value: Tensor) -> bool:
-    """Whether the variable-length flash kernel can take these states: CUDA, 16-bit, head size a multiple of 8."""
+    """Whether the flash kernel can take these states: Ampere or later, 16-bit, head size a multiple of 8."""
     head_size = query.shape[-1]
     return (
         query.is_cuda
@@ -174,6 +174,7 @@ def varlen_applies(query: Tensor, value: Tensor) -> bool:
         and head_size == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,16 @@ class CausalPolicy(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         if layout == "stream":
             model.set_attn_implementation(ATTENTION)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Buffers move with the weights but keep their precision: in bf16 rotary frequencies are radians off."""
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            owner, _, attribute = name.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, attribute, buffer.to(getattr(module, attribute).device))
+        return self
 
     def forward(self, batch: PreferenceBatch) -> Logps:
         """Log-probabilities of every response, summed over its tokens, fp32 or wider, shape ``(B, K)``."""

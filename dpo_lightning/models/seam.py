@@ -37,6 +37,10 @@ def attention_forward(
     """Attention as transformers calls it, states (batch, heads, length, size); returns (batch, length, heads, size)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if ragged_layout is not None:
+        if torch.is_autocast_enabled(query.device.type):
+            # Rotary positions leave queries and keys in fp32 beside 16-bit values.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         out = ragged_causal_attention(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.batch import PreferenceBatch, lay_out
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.attention import RaggedLayout, causal_mask, plain_attention, ragged_causal_attention
 from dpo_lightning.models.policy import CausalPolicy, Layout
@@ -84,7 +84,9 @@ def choose_layout(
     """
     family, device = config.model_type, torch.device(device)
     forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False), torch.no_grad(), _quiet():
+    # Made on the CPU, whatever the default device: under a Trainer that is the one that is asked about.
+    on_cpu, plain = torch.device("cpu"), torch.autocast(device.type, enabled=False)
+    with torch.random.fork_rng(forked), on_cpu, plain, torch.no_grad(), _quiet():
         torch.manual_seed(0)
         try:
             model = miniature(config, trust_remote_code)
@@ -116,7 +118,11 @@ def choose_layout(
             )
             return Verdict("rows", family, difference, sensitivity, reason)
         if dtype != torch.float32:
-            wrong_by = kernel_error(model.config, device, dtype)
+            try:
+                wrong_by = kernel_error(model.config, device, dtype)
+            except RuntimeError as error:
+                reason = f"its {dtype} attention kernel fails on {device} ({error})"
+                return Verdict("rows", family, difference, sensitivity, reason)
             if not wrong_by <= 1 / SENSITIVITY:
                 reason = f"its {dtype} attention kernel on {device.type} is wrong by a share of {wrong_by:.1e}"
                 return Verdict("rows", family, difference, sensitivity, reason)
@@ -131,6 +137,7 @@ def miniature(config: PretrainedConfig, trust_remote_code: bool = False) -> PreT
     """
     with torch.device("meta"):
         kinds = _module_kinds(_build(_shrink(config, width=False, layers=None), trust_remote_code))
+    trouble = "none has the same kinds of layer"
     # One layer of each kind where the config lists kinds; where it counts them by periods, as many as it takes.
     for width, layers in itertools.product((True, False), (0, 4, 8, 16)):
         small = _shrink(config, width=width, layers=layers)
@@ -139,9 +146,9 @@ def miniature(config: PretrainedConfig, trust_remote_code: bool = False) -> PreT
                 plan = _build(small, trust_remote_code)
             if _module_kinds(plan) == kinds and plan.num_parameters() < LARGEST:
                 return _far_from_flat(_build(small, trust_remote_code).eval())
-        except Exception:  # sizes hang together in ways that only the family knows: then change fewer of them
-            continue
-    raise LookupError(f"no small model has every kind of layer of {config.model_type}")
+        except Exception as error:  # sizes hang together in ways that only the family knows: then change fewer
+            trouble = f"{type(error).__name__}: {error}"
+    raise LookupError(f"no small model has every kind of layer of {config.model_type} ({trouble})")
 
 
 def own_logps(model: PreTrainedModel, batch: PreferenceBatch) -> Tensor:
@@ -198,42 +205,14 @@ def _written_out(states: list[Tensor], spans: Tensor, window: int | None) -> Ten
 
 
 def _batch(device: torch.device) -> PreferenceBatch:
-    """The stream of :data:`EXAMPLES`, random tokens; written out here because models do not know the collator."""
-    spans: list[tuple[int, int, int, int]] = []
-    keys: list[int] = []
-    positions: list[int] = []
-    sources: list[int] = []
-    lengths: list[list[int]] = []
-    cursor = 0
-    for prompt, responses in EXAMPLES:
-        first, cursor = cursor, cursor + prompt
-        positions += range(prompt)
-        for index, response in enumerate(responses):
-            start, cursor = cursor, cursor + response
-            positions += range(prompt, prompt + response)
-            spans.append((first, cursor, first, first) if index == 0 else (start, cursor, first, first + prompt))
-            keys += [*range(first, first + prompt), *range(start, cursor)]
-            sources += [first + prompt - 1, *range(start, cursor - 1)]
-        lengths.append([*responses, *[0] * (3 - len(responses))])
-    length = torch.tensor(lengths)
-    # Low ids are special tokens in many families.
-    input_ids = torch.randint(8, VOCABULARY, (cursor,))
-    source = torch.tensor(sources)
-    owner = torch.repeat_interleave(length.flatten())
-    target = torch.cat([input_ids[end - n : end] for (_, end, _, _), n in zip(spans, length[length > 0], strict=True)])
-    return PreferenceBatch(
-        input_ids=input_ids.to(device),
-        position_ids=torch.tensor(positions, device=device),
-        spans=torch.tensor(spans, device=device),
-        key_index=torch.tensor(keys, device=device),
-        source=source.to(device),
-        target=target.to(device),
-        owner=owner.to(device),
-        length=length.to(device),
-        row=torch.arange(len(EXAMPLES), device=device),
-        max_query=max(prompt + responses[0] for prompt, responses in EXAMPLES),
-        max_key=max(prompt + max(responses) for prompt, responses in EXAMPLES),
-    )
+    """The stream of :data:`EXAMPLES`, random tokens; low ids are special tokens in many families."""
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(8, VOCABULARY, (count,)).tolist()
+
+    batch = lay_out([(tokens(prompt), [tokens(response) for response in responses]) for prompt, responses in EXAMPLES])
+    moved = {name: part.to(device) for name, part in batch._asdict().items() if isinstance(part, Tensor)}
+    return batch._replace(**moved)  # type: ignore[arg-type]
 
 
 def _shrink(config: PretrainedConfig, *, width: bool, layers: int | None) -> PretrainedConfig:

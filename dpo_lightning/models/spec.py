@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.policy import CausalPolicy, Layout
-from dpo_lightning.models.selfcheck import choose_layout
+from dpo_lightning.models.selfcheck import Verdict, choose_layout
 from dpo_lightning.paths import PACKAGE, resolve
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class PolicySpec:
         layout: stream runs every prompt once, rows pads each response into a row; auto takes the stream where a
             check on a small random model of the same config proves it right.
         activation_checkpointing: Compute each layer's activations again in backward instead of keeping them.
-        dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios.
+        dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios. A resumed run then
+            draws other noise than an uninterrupted one.
         trust_remote_code: Run model code that comes with the weights.
         allow_pickle: Also load weights that are not safetensors; such files can run code.
     """
@@ -51,7 +53,7 @@ class PolicySpec:
     allow_pickle: bool = False
 
     def build(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None) -> CausalPolicy:
-        """The policy in training mode, on the current default device.
+        """The policy in training mode, on the CPU: the strategy moves it.
 
         Args:
             device: Where it will run, which is where the layout is checked.
@@ -60,9 +62,11 @@ class PolicySpec:
         Raises:
             UsageError: If there is no such model.
         """
-        config = self.load_config()
-        layout = self._layout(config, device, compute_dtype)
-        policy = CausalPolicy(self._load_model(config), layout)
+        # Under a Trainer the default device is a GPU's, and transformers would look for accelerate to load there.
+        with torch.device("cpu"):
+            config = self.load_config()
+            layout = self._layout(config, device, compute_dtype)
+            policy = CausalPolicy(self._load_model(config), layout)
         if self.activation_checkpointing:
             _checkpoint_activations(policy.model)
         return policy.train()
@@ -83,12 +87,13 @@ class PolicySpec:
     def _layout(
         self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None
     ) -> Layout:
-        if self.layout != "auto":
-            return self.layout
         dtype = compute_dtype or getattr(torch, self.dtype)
         verdict = choose_layout(config, device=device, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        log.log(logging.INFO if verdict.layout == "stream" else logging.WARNING, str(verdict))
-        return verdict.layout
+        if self.layout == "stream" and verdict.layout != "stream":
+            raise UsageError(f"`policy.layout: stream` was asked for, but {verdict} Use `layout: auto`.")
+        if self.layout == "auto":
+            _say_once(verdict)
+        return verdict.layout if self.layout == "auto" else self.layout
 
     def _load_model(self, config: PretrainedConfig) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype)
@@ -116,6 +121,13 @@ class PolicySpec:
             raise UsageError(
                 f"`{key}`: cannot load {auto.__name__} from {where}: {error}{remedy if pickles else ''}"
             ) from error
+
+
+@functools.cache
+def _say_once(verdict: Verdict) -> None:
+    """One message a family, however many copies of a model are built, and on one rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        log.log(logging.INFO if verdict.layout == "stream" else logging.WARNING, str(verdict))
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

@@ -86,6 +86,7 @@ class PolicyModule(LightningModule):
         if self.policy is None:
             self.policy = self.load(self.spec)
             self._warn_of_rounding()
+            self._hide_constants_from_ddp()
 
     def load(self, spec: PolicySpec) -> CausalPolicy:
         """Build a model for this module's device and precision."""
@@ -117,7 +118,8 @@ class PolicyModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
         step = self.trainer.global_step + 1
-        due = step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = interval > 0 and step % interval == 0
         if not due and step > 1:  # the progress bar has something to show from the first step on
             return
         metric = self.metric("fit")
@@ -150,6 +152,8 @@ class PolicyModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without weight decay and a schedule in steps, or what was given."""
         assert self.policy is not None
+        if self.schedule != "constant" and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
+            raise UsageError(f"`schedule: {self.schedule}` needs an end; set `trainer.max_steps` or `max_epochs`.")
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.make_optimizer is None:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
@@ -175,16 +179,16 @@ class PolicyModule(LightningModule):
                 return (step + 1) / self.warmup_steps
             if self.schedule == "constant" or step == self.warmup_steps:
                 return 1.0
-            done = min(1.0, (step - self.warmup_steps) / max(1, self._total_steps() - self.warmup_steps))
+            total = self.trainer.estimated_stepping_batches
+            done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
             return 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
         return factor
 
-    def _total_steps(self) -> float:
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise UsageError(f"`schedule: {self.schedule}` needs an end; set `trainer.max_steps` or `max_epochs`.")
-        return total
+    def _hide_constants_from_ddp(self) -> None:
+        """Buffers are constants and a reference is frozen: DDP should neither broadcast nor reduce them."""
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 
     def _compute_dtype(self) -> torch.dtype | None:
         """Dtype of matrix products where the Trainer's precision says so."""

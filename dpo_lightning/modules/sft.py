@@ -6,6 +6,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.errors import UsageError
 from dpo_lightning.metrics import TokenMetrics
 from dpo_lightning.modules.base import PolicyModule
 
@@ -34,6 +35,13 @@ class SFTModule(PolicyModule):
         return self(batch).total
 
     def _step(self, stage: str, batch: PreferenceBatch) -> Tensor:
+        if batch.length.shape[1] != 1:
+            raise UsageError(
+                f"SFT learns one response a prompt, but this batch has up to {batch.length.shape[1]}; keep the best by "
+                "`data.init_args.num_responses: 1`."
+            )
         policy = self(batch)
         self.metric(stage).update(policy)
-        return -policy.total.sum() / policy.length.sum()
+        # DDP takes the mean of the ranks' gradients, so each counts the tokens that a rank has on the average.
+        tokens = self.trainer.strategy.reduce(policy.length.sum().float(), reduce_op="mean")
+        return -policy.total.sum() / tokens

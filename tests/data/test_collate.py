@@ -43,7 +43,6 @@ def test_a_batch_by_hand():
     assert batch.length.tolist() == [[3, 1, 0], [1, 2, 2]]
     assert batch.row.tolist() == [7, 9]
     assert (batch.max_query, batch.max_key) == (5, 5)
-    assert batch.reference_logps is None
 
 
 def test_the_longest_sequence_may_be_another_than_the_longest_query():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,11 +293,12 @@ def test_a_source_without_examples_is_refused_with_its_counts(data, rows, messag
 class Ranks:
     """As much of a Trainer on several devices as a loader asks for."""
 
-    global_rank, current_epoch, limit_train_batches, overfit_batches = 1, 0, 1.0, 0.0
+    global_rank, limit_train_batches, overfit_batches = 1, 1.0, 0.0
 
     def __init__(self, world_size: int) -> None:
         self.world_size, self.strategy = world_size, self
         self.root_device = torch.device("cpu")
+        self.fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
 
     def broadcast(self, seed: int) -> int:
         return seed

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
+from dpo_lightning.errors import UsageError
 
 
 def loader(num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, **kwargs):
@@ -122,11 +123,19 @@ def test_a_loader_goes_on_with_the_very_next_batch(num_workers):
 def test_the_state_counts_the_batches_handed_out():
     source = loader()
     begun = iter(source)
-    assert source.state_dict() == {"epoch": 0, "position": 0, "seed": 0}
+    order = {"seed": 0, "num_examples": 11, "batch_size": 4}
+    assert source.state_dict() == {"epoch": 0, "position": 0, **order}
     next(begun)
-    assert source.state_dict() == {"epoch": 0, "position": 1, "seed": 0}
+    assert source.state_dict() == {"epoch": 0, "position": 1, **order}
     rows(begun)
-    assert source.state_dict() == {"epoch": 0, "position": 3, "seed": 0}
+    assert source.state_dict() == {"epoch": 0, "position": 3, **order}
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_examples", 12), ("batch_size", 2)])
+def test_other_data_or_batches_cannot_be_continued(name, value):
+    source = loader()
+    with pytest.raises(UsageError, match=rf"in the middle of an epoch with .*{value}, now .* Use the same data and"):
+        source.load_state_dict({**source.state_dict(), name: value})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -146,7 +155,7 @@ def test_a_loader_that_has_not_begun_begins_at_the_beginning():
 def test_a_loader_in_use_can_be_put_back():
     source = loader()
     first = epochs(source, 2)
-    source.load_state_dict({"epoch": 0, "position": 1, "seed": 0})
+    source.load_state_dict({**source.state_dict(), "epoch": 0, "position": 1})
     assert epochs(source, 2) == [first[0][1:], first[1]]
 
 

@@ -337,19 +337,23 @@ def test_the_installed_kernel_takes_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("cuda", "dtype", "size", "value_size", "applies"),
+    ("capability", "dtype", "size", "value_size", "applies"),
     [
-        (True, torch.bfloat16, 64, 64, True),
-        (True, torch.float16, 256, 256, True),
-        (False, torch.bfloat16, 64, 64, False),
-        (True, torch.float32, 64, 64, False),
-        (True, torch.bfloat16, 60, 60, False),
-        (True, torch.bfloat16, 264, 264, False),
-        (True, torch.bfloat16, 64, 128, False),
+        ((8, 0), torch.bfloat16, 64, 64, True),
+        ((7, 5), torch.float16, 64, 64, False),
+        ((9, 0), torch.float16, 256, 256, True),
+        (None, torch.bfloat16, 64, 64, False),
+        ((9, 0), torch.float32, 64, 64, False),
+        ((9, 0), torch.bfloat16, 60, 60, False),
+        ((9, 0), torch.bfloat16, 264, 264, False),
+        ((9, 0), torch.bfloat16, 64, 128, False),
     ],
 )
-def test_the_kernel_is_for_16_bit_states_of_even_sizes_on_cuda(cuda, dtype, size, value_size, applies):
-    query = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(10, 4, size))
+def test_the_kernel_is_for_16_bit_states_of_even_sizes_on_ampere(
+    capability, dtype, size, value_size, applies, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    query = SimpleNamespace(is_cuda=capability is not None, device="cuda", dtype=dtype, shape=(10, 4, size))
     assert varlen_applies(query, SimpleNamespace(shape=(10, 4, value_size))) is applies
 
 

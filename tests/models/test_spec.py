@@ -109,11 +109,24 @@ def test_random_weights_follow_the_seed(tiny_llama):
 
 
 @pytest.mark.parametrize("layout", ["stream", "rows"])
-def test_a_layout_that_is_named_is_taken_unchecked(tiny_llama, layout, monkeypatch):
-    monkeypatch.setattr(spec_module, "choose_layout", None)
+def test_a_layout_that_is_named_is_taken(tiny_llama, layout):
     policy = PolicySpec(path=tiny_llama, layout=layout).build()
     assert policy.layout == layout
     assert (policy.model.config._attn_implementation == ATTENTION) is (layout == "stream")
+
+
+def test_a_stream_that_is_wrong_is_refused_even_when_asked_for(tiny_llama, monkeypatch):
+    verdict = Verdict("rows", "llama", reason="it is Monday")
+    monkeypatch.setattr(spec_module, "choose_layout", lambda *_, **__: verdict)
+    with pytest.raises(UsageError, match=r"`policy.layout: stream` was asked for, but llama .* Monday.*layout: auto"):
+        PolicySpec(path=tiny_llama, layout="stream").build()
+
+
+def test_models_are_built_on_the_cpu_whatever_the_default_device(tiny_llama):
+    with torch.device("meta"):  # stands for the GPU that Lightning makes the default
+        policy = PolicySpec(path=tiny_llama).build()
+    assert policy.layout == "stream"
+    assert {parameter.device.type for parameter in policy.parameters()} == {"cpu"}
 
 
 def test_both_layouts_give_the_same_log_probabilities(tiny_llama):
@@ -129,6 +142,7 @@ def test_the_layout_is_checked_where_and_in_what_the_policy_computes(tiny_llama,
         return Verdict("rows", "llama", reason="it is Monday")
 
     monkeypatch.setattr(spec_module, "choose_layout", choose)
+    spec_module._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         policy = PolicySpec(path=tiny_llama, dtype="bfloat16").build()
         PolicySpec(path=tiny_llama, trust_remote_code=True).build("cpu", torch.float16)
@@ -138,7 +152,7 @@ def test_the_layout_is_checked_where_and_in_what_the_policy_computes(tiny_llama,
         ("llama", {"device": "cpu", "dtype": torch.float16, "trust_remote_code": True}),
     ]
     messages = [record.getMessage() for record in caplog.records if record.name == spec_module.__name__]
-    assert len(messages) == 2  # a fallback is a warning, said once a model
+    assert len(messages) == 1  # a fallback is a warning, said once
     assert messages[0].startswith("llama models cannot read the token stream: it is Monday.")
 
 

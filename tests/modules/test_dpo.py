@@ -7,7 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpo_lightning.models.seam
 from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
+from dpo_lightning.callbacks import ProgressBar
 from dpo_lightning.data.collate import collate
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import DPOLoss, PlackettLuceLoss, SimPOLoss
@@ -93,8 +95,9 @@ def test_the_reference_is_in_no_optimizer_checkpoint_gradient_bucket_or_training
     assert not any(name.startswith("reference_policy") for name in dpo.state_dict())
     dpo.train()
     assert not any(part.training for part in dpo.reference_policy.modules())
-    names = [name for name, _ in [*dpo.named_parameters(), *dpo.named_buffers()] if "reference_policy" in name]
-    assert sorted(dpo._ddp_params_and_buffers_to_ignore) == sorted(names)
+    trained = {name for name, _ in dpo.policy.named_parameters(prefix="policy")}
+    names = {name for name, _ in [*dpo.named_parameters(), *dpo.named_buffers()]}
+    assert set(dpo._ddp_params_and_buffers_to_ignore) == names - trained
 
 
 def test_a_loss_without_a_reference_builds_none(tiny_llama, tmp_path):
@@ -230,6 +233,67 @@ def test_training_on_from_a_loaded_checkpoint_keeps_the_first_reference(tiny_lla
     assert losses.values[0] < 0.95 * math.log(2)
 
 
+@pytest.mark.parametrize("limit", [1.0, 4])
+def test_a_run_resumed_at_the_end_of_an_epoch_goes_on_with_the_next(tiny_llama, tmp_path, limit):
+    def fit(seed, epochs, ckpt_path=None):
+        torch.manual_seed(seed)
+        dpo = module(tiny_llama)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer(
+            tmp_path, max_epochs=epochs, callbacks=[saver], enable_checkpointing=True, limit_train_batches=limit
+        ).fit(dpo, data(tiny_llama), ckpt_path=ckpt_path)
+        return dpo
+
+    whole = fit(0, 3)
+    resumed = fit(1, 3, tmp_path / "epoch=0.ckpt")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_second_fit_goes_on_against_the_first_reference(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    trainer(tmp_path).fit(dpo, data(tiny_llama))
+    reference = fingerprint(dpo.reference_policy)
+    losses = Losses()
+    trainer(tmp_path, callbacks=[losses]).fit(dpo, data(tiny_llama))
+    assert fingerprint(dpo.reference_policy) == reference
+    assert losses.values[0] < 0.95 * math.log(2)
+
+
+def test_a_reference_that_does_not_exist_is_found_out_before_weights_are_loaded(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicySpec, "build", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=r"there is no folder \./no/reference"):
+        trainer(tmp_path).fit(module(tiny_llama, reference=FrozenCopy(path="./no/reference")), data(tiny_llama))
+
+
+def test_pure_bf16_keeps_sums_and_rotary_frequencies_exact(tiny_llama, tmp_path):
+    dpo = module(tiny_llama)
+    source = data(tiny_llama, val=300, val_batch_size=4)
+    (metrics,) = trainer(tmp_path, precision="bf16-true").validate(dpo, source, verbose=False)
+    assert metrics["val/loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert dpo.policy.model.lm_head.weight.dtype == torch.bfloat16
+    assert dpo.policy.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_autocast_reaches_attention(tiny_llama, tmp_path, monkeypatch):
+    seen = []
+    original = dpo_lightning.models.seam.ragged_causal_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return original(query, key, value, *args, **kwargs)
+
+    dpo = module(tiny_llama)
+    dpo.configure_model()
+    monkeypatch.setattr("dpo_lightning.models.seam.ragged_causal_attention", spy)
+    trainer(tmp_path, precision="bf16-mixed").validate(dpo, data(tiny_llama), verbose=False)
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
+def test_no_log_lines_at_all(tiny_llama, tmp_path):
+    trainer(tmp_path, max_steps=2, log_every_n_steps=0).fit(module(tiny_llama), data(tiny_llama))
+
+
 def test_a_reference_that_lived_in_memory_alone_is_asked_for(tiny_llama, tmp_path):
     dpo = module(tiny_llama)
     dpo.configure_model()
@@ -288,7 +352,11 @@ def test_a_step_between_log_lines_never_waits_for_the_device(tiny_llama, tmp_pat
     counter = CountSynchronisations()
     # SGD: AdamW reads its step count, which lies on the host, through the same operator.
     dpo = module(tiny_llama, lr=None, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
-    fit = trainer(tmp_path, max_steps=6, log_every_n_steps=4, callbacks=[counter], gradient_clip_val=1.0)
+    # The bar comes first, so that what it does after a batch is counted.
+    fit = trainer(
+        tmp_path, max_steps=6, log_every_n_steps=4, callbacks=[ProgressBar(), counter], gradient_clip_val=1.0,
+        enable_progress_bar=True,
+    )  # fmt: skip
     fit.fit(dpo, data(tiny_llama))
     first, *others = counter.counts
     assert first > 0  # the check of the reference, once: the counter does count

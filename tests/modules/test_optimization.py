@@ -90,6 +90,14 @@ def test_sft_loss_and_perplexity_are_those_of_the_model_itself(tiny_llama, tmp_p
     assert metrics["val/perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
 
 
+def test_sft_refuses_rejected_answers(tiny_llama):
+    pairs = [{"prompt": "it was", "chosen": " good", "rejected": " bad"}] * 4
+    data = PreferenceDataModule(val=pairs, tokenizer=tiny_llama)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with pytest.raises(UsageError, match=r"up to 2; keep the best by `data.init_args.num_responses: 1`"):
+        trainer.validate(SFTModule(PolicySpec(path=tiny_llama)), data)
+
+
 def test_a_schedule_that_falls_needs_an_end(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match=r"set `trainer\.max_steps` or `max_epochs`"):
         fit(tiny_llama, tmp_path, steps=-1, epochs=-1, schedule="linear", lr=1e-3)
