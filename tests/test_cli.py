@@ -3,9 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import dpo_lightning.cli
+from dpo_lightning import DPOModule
 from dpo_lightning.callbacks import LogSamples
 from dpo_lightning.cli import COMPONENTS, TOP_LEVEL
 from dpo_lightning.explain import explain
@@ -60,6 +62,23 @@ def test_fit_validate_and_predict(workplace):
     scored = predict.trainer.predict_loop.predictions[0]
     assert scored.rewards.shape == (3, 2)
     assert scored.row.tolist() == [1, 2, 3]
+
+
+def test_a_run_of_the_command_line_is_resumed_and_loaded_in_code(workplace):
+    arguments = ["fit", "--config", "config.yaml", "--model.init_args.schedule", "linear"]
+    whole = dpo_lightning.cli.run([*arguments, "--trainer.max_epochs", "2"])
+    trained = whole.model.policy.state_dict()
+    first = dpo_lightning.cli.run([*arguments, "--trainer.max_steps", "3", "--trainer.max_epochs", "2"])
+    checkpoint = first.trainer.checkpoint_callback.best_model_path
+    resumed = dpo_lightning.cli.run(
+        [*arguments, "--trainer.max_epochs", "2", "--ckpt_path", checkpoint, "--weights_only", "true"]
+    )
+    assert resumed.trainer.global_step == whole.trainer.global_step == 6
+    loaded = DPOModule.load_from_checkpoint(resumed.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert loaded.loss == resumed.model.loss
+    for name, value in resumed.model.policy.state_dict().items():
+        assert torch.equal(value, loaded.policy.state_dict()[name])
+    assert set(trained) == set(loaded.policy.state_dict())
 
 
 def test_yaml_holds_against_the_checkpoint(workplace):
