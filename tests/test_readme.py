@@ -19,6 +19,7 @@ def test_the_python_example_runs(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_sft_model").symlink_to(tiny_llama)
     (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line]) <= 15
     names = {}
     exec(example, names)
     assert names["module"].loss == DPOLoss(beta=0.1)

@@ -68,7 +68,7 @@ class PolicySpec:
             layout = self._layout(config, device, compute_dtype)
             policy = CausalPolicy(self._load_model(config), layout)
         if self.activation_checkpointing:
-            _checkpoint_activations(policy.model)
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
         return policy.train()
 
     def load_config(self) -> PretrainedConfig:
@@ -128,12 +128,6 @@ def _say_once(verdict: Verdict) -> None:
     """One message a family, however many copies of a model are built, and on one rank."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         log.log(logging.INFO if verdict.layout == "stream" else logging.WARNING, str(verdict))
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers 5.23 renamed it, and goes without the old name from version 6.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _set_dropout_to_zero(config: PretrainedConfig) -> None:

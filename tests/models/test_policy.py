@@ -191,7 +191,7 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(family, lay
     runs = []
     last = [module for module in model.modules() if type(module).__name__.endswith("MLP")][-1]
     last.register_forward_pre_hook(lambda *_: runs.append(1))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     policy = CausalPolicy(model, layout).train()
     logps = policy.token_logps(collate(EXAMPLES))
     assert len(runs) == 1

@@ -11,8 +11,10 @@ from transformers.utils import logging as transformers_logging
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.functional.attention import RaggedLayout
+from dpo_lightning.models import miniature as miniatures
 from dpo_lightning.models import policy, seam, selfcheck
-from dpo_lightning.models.selfcheck import SENSITIVITY, WINDOW, choose_layout, miniature, wrong_batches
+from dpo_lightning.models.miniature import WINDOW, miniature
+from dpo_lightning.models.selfcheck import SENSITIVITY, choose_layout, wrong_batches
 
 STREAM = [
     "llama",
@@ -172,7 +174,7 @@ def test_the_window_counts_where_a_layer_uses_it(monkeypatch):
 
 
 def test_a_miniature_on_which_the_window_makes_no_difference_proves_nothing(monkeypatch):
-    monkeypatch.setattr(selfcheck, "WINDOW", 64)  # longer than every row
+    monkeypatch.setattr(miniatures, "WINDOW", 64)  # longer than every row
     verdict = choose_layout(family_config("mistral"))
     assert verdict.layout == "rows"
     assert verdict.sensitivity < 1e-4
@@ -242,7 +244,7 @@ def test_a_miniature_has_every_kind_of_layer_and_is_small(family, kwargs, attent
 
 
 def test_a_family_without_a_small_model_falls_back(monkeypatch):
-    monkeypatch.setattr(selfcheck, "LARGEST", 1)
+    monkeypatch.setattr(miniatures, "LARGEST", 1)
     verdict = choose_layout(family_config("llama"))
     assert (verdict.layout, verdict.difference) == ("rows", None)
     assert "llama models cannot read the token stream: no small model has every kind of layer of llama" in str(verdict)
@@ -263,8 +265,8 @@ def test_a_wrong_sixteen_bit_kernel_is_caught(monkeypatch):
 
 
 def test_code_of_a_checkpoint_is_trusted_for_every_model_or_for_none(monkeypatch):
-    build, trusted = selfcheck._build, []
-    monkeypatch.setattr(selfcheck, "_build", lambda config, trust: trusted.append(trust) or build(config, trust))
+    build, trusted = miniatures._build, []
+    monkeypatch.setattr(miniatures, "_build", lambda config, trust: trusted.append(trust) or build(config, trust))
     for trust in (True, False):
         choose_layout(family_config("mistral"), trust_remote_code=trust)
         assert set(trusted) == {trust}
