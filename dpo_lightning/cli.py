@@ -108,6 +108,9 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"inference_mode": False},
         parser_class=Parser,
+        parser_kwargs={
+            "description": "Preference optimisation of language models: DPO (arXiv:2305.18290) and its family."
+        },
         args=args,
     )
 
