@@ -73,12 +73,16 @@ class FrozenPolicy(nn.Module):
 
     Args:
         policy: The policy to freeze; it is owned from here on.
+
+    Attributes:
+        fingerprint: Digest of the weights as they were frozen; taken then, since a strategy may cast them later.
     """
 
     def __init__(self, policy: CausalPolicy) -> None:
         super().__init__()
         self.policy = policy.requires_grad_(False)
         self.train(False)
+        self.fingerprint = fingerprint(self)
 
     def forward(self, batch: PreferenceBatch) -> Logps:
         """Log-probabilities without gradients."""

@@ -16,7 +16,7 @@ from dpo_lightning.metrics import PreferenceMetrics
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.recipes import from_plain
-from dpo_lightning.references import FrozenCopy, FrozenPolicy, Reference, fingerprint
+from dpo_lightning.references import FrozenCopy, FrozenPolicy, Reference
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class DPOModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's fingerprint instead of its weights."""
         if self.reference_policy is not None:
-            checkpoint[FINGERPRINT] = fingerprint(self.reference_policy)
+            checkpoint[FINGERPRINT] = self.reference_policy.fingerprint
         elif self._expected_fingerprint is not None:
             checkpoint[FINGERPRINT] = self._expected_fingerprint
 
@@ -156,7 +156,7 @@ class DPOModule(PolicyModule):
 
     def _compare_fingerprint(self) -> None:
         assert self.reference_policy is not None
-        if self._expected_fingerprint in (None, fingerprint(self.reference_policy)):
+        if self._expected_fingerprint in (None, self.reference_policy.fingerprint):
             return
         message = (
             f"The reference that this checkpoint was trained against is not the one found now ({self.reference}, "

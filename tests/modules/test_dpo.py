@@ -61,6 +61,12 @@ class Losses(Callback):
         self.values.append(outputs["loss"].item())
 
 
+@torch.no_grad()
+def change_weights(module):
+    for parameter in module.policy.parameters():
+        parameter.mul_(1.1)
+
+
 def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
 
@@ -109,9 +115,7 @@ def test_a_loss_without_a_reference_builds_none(tiny_llama, tmp_path):
 def test_weights_changed_in_memory_before_training_are_the_reference(tiny_llama, tmp_path):
     dpo = module(tiny_llama)
     dpo.configure_model()
-    with torch.no_grad():
-        for parameter in dpo.policy.parameters():
-            parameter.mul_(1.1)
+    change_weights(dpo)
     changed = weights(dpo).clone()
     trainer(tmp_path, max_steps=1).fit(dpo, data(tiny_llama))
     assert torch.equal(torch.cat([p.flatten() for p in dpo.reference_policy.parameters()]), changed)
@@ -119,9 +123,7 @@ def test_weights_changed_in_memory_before_training_are_the_reference(tiny_llama,
 
 class ChangePolicy(Callback):
     def on_fit_start(self, trainer, pl_module):
-        with torch.no_grad():
-            for parameter in pl_module.policy.parameters():
-                parameter.mul_(1.1)
+        change_weights(pl_module)
 
 
 def test_a_policy_changed_behind_its_reference_is_refused(tiny_llama, tmp_path):
@@ -274,6 +276,16 @@ def test_pure_bf16_keeps_sums_and_rotary_frequencies_exact(tiny_llama, tmp_path)
     assert dpo.policy.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_pure_bf16_resumes_against_its_reference(tiny_llama, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    kwargs = {"precision": "bf16-true", "max_epochs": 2}
+    first = trainer(tmp_path, max_steps=2, callbacks=[saver], enable_checkpointing=True, **kwargs)
+    first.fit(module(tiny_llama), data(tiny_llama))
+    resumed = trainer(tmp_path, max_steps=4, **kwargs)
+    resumed.fit(module(tiny_llama), data(tiny_llama), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 4
+
+
 def test_autocast_reaches_attention(tiny_llama, tmp_path, monkeypatch):
     seen = []
     original = dpo_lightning.models.seam.ragged_causal_attention
@@ -297,9 +309,7 @@ def test_no_log_lines_at_all(tiny_llama, tmp_path):
 def test_a_reference_that_lived_in_memory_alone_is_asked_for(tiny_llama, tmp_path):
     dpo = module(tiny_llama)
     dpo.configure_model()
-    with torch.no_grad():
-        for parameter in dpo.policy.parameters():
-            parameter.mul_(1.1)
+    change_weights(dpo)
     original = tmp_path / "original"
     dpo.policy.model.save_pretrained(original)
     saver = ModelCheckpoint(tmp_path, filename="last")
