@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from dpo_lightning.modules.base import is_logged
+
 SHORT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
@@ -23,8 +25,8 @@ class ProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Metrics without the training stage's prefix and the version number."""
-        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        between_log_lines = trainer.training and step > 1 and (interval == 0 or step % interval > 0)
+        step = trainer.global_step
+        between_log_lines = trainer.training and step > 1 and not is_logged(trainer, step)
         if not between_log_lines:
             metrics = super().get_metrics(trainer, pl_module)
             metrics.pop("v_num", None)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
@@ -54,11 +55,13 @@ class LogSamples(Callback):
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
         self._sampled_at = -1
+        self._tokenizer: Tokenizer
         self.before: tuple[list[Continuation], dict[str, float]] | None = None
         self.after: tuple[list[Continuation], dict[str, float]] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Sample from the policy as training finds it."""
+        self._tokenizer = pl_module.spec.load_tokenizer()
         self.before = self._sample(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
@@ -104,7 +107,7 @@ class LogSamples(Callback):
         assert module.policy is not None
         continuations = sample(
             module.policy.model,
-            module.spec.load_tokenizer(),
+            self._tokenizer,
             self.prompts,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,

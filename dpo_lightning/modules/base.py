@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -41,6 +41,7 @@ class PolicyModule(LightningModule):
     """
 
     policy: CausalPolicy | None
+    progress_names: tuple[str, ...] = ("loss",)
 
     def __init__(
         self,
@@ -118,8 +119,7 @@ class PolicyModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
         step = self.trainer.global_step + 1
-        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = interval > 0 and step % interval == 0
+        due = is_logged(self.trainer, step)
         if not due and step > 1:  # the progress bar has something to show from the first step on
             return
         metric = self.metric("fit")
@@ -132,8 +132,6 @@ class PolicyModule(LightningModule):
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
         for name, value in self._throughput.per_second().items():
             self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
-
-    progress_names: tuple[str, ...] = ("loss",)
 
     def on_validation_epoch_end(self) -> None:
         """Log validation metrics over the whole set and all ranks."""
@@ -202,6 +200,12 @@ class PolicyModule(LightningModule):
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
             )
+
+
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether the Trainer writes a log line at an optimizer step, counted from 1."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return interval > 0 and step % interval == 0
 
 
 class _Throughput:

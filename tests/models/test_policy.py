@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from families import ROWS, STREAM
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning.data.collate import collate
@@ -12,24 +13,6 @@ from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.models.policy import CausalPolicy, logit_constants, padded_rows
 from dpo_lightning.models.seam import ATTENTION
 
-STREAM = [
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "opt",
-    "granite",
-    "cohere2",
-    "gpt_oss",
-]
-ROWS = ["gptj", "bloom", "mamba"]
 TOLERANCE = 2e-5  # nats a token, fp32
 
 
@@ -107,19 +90,13 @@ def test_log_probabilities_of_the_test_models_are_far_from_flat(family, separate
     assert logps.std() > 0.3  # or no wrong mask would show
 
 
-@pytest.mark.parametrize("family", STREAM)
-def test_the_stream_equals_separate_sequences_and_so_do_its_gradients(family, separately):
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, "stream") for family in STREAM), *((family, "rows") for family in STREAM + ROWS)],
+)
+def test_either_layout_equals_separate_sequences_and_so_do_its_gradients(family, layout, separately):
     model, expected, expected_gradients = separately(family)
-    policy = CausalPolicy(model, "stream")
-    logps = policy.token_logps(collate(EXAMPLES))
-    torch.testing.assert_close(logps, expected, atol=TOLERANCE, rtol=0)
-    assert_same_gradients(gradients(model, logps), expected_gradients)
-
-
-@pytest.mark.parametrize("family", STREAM + ROWS)
-def test_padded_rows_equal_separate_sequences_and_so_do_their_gradients(family, separately):
-    model, expected, expected_gradients = separately(family)
-    policy = CausalPolicy(model, "rows")
+    policy = CausalPolicy(model, layout)
     logps = policy.token_logps(collate(EXAMPLES))
     torch.testing.assert_close(logps, expected, atol=TOLERANCE, rtol=0)
     assert_same_gradients(gradients(model, logps), expected_gradients)

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from families import STREAM
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -16,23 +17,6 @@ from dpo_lightning.models import policy, seam, selfcheck
 from dpo_lightning.models.miniature import WINDOW, miniature
 from dpo_lightning.models.selfcheck import SENSITIVITY, choose_layout, wrong_batches
 
-STREAM = [
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "opt",
-    "granite",
-    "cohere2",
-    "gpt_oss",
-]
 honest = seam.ragged_causal_attention
 
 
