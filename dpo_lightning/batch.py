@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, compress
 from typing import NamedTuple
 
 import torch
@@ -24,10 +24,10 @@ class PreferenceBatch(NamedTuple):
             int64, shape ``(S, 4)``. The first response's queries include the prompt and its prefix is empty.
         key_index: Flat positions of each sequence's tokens, prefix first, sequence after sequence; ``None`` where
             that is the stream itself, int64, shape ``(sum of sequence lengths,)``.
-        source: Flat position whose hidden state predicts a response token, int64, shape ``(N,)``.
-        target: The response token, int64, shape ``(N,)``.
+        source: Flat position whose hidden state predicts a scored response token, int64, shape ``(N,)``.
+        target: The scored token, int64, shape ``(N,)``.
         owner: The response it belongs to, ``example * K + response``, ascending, int64, shape ``(N,)``.
-        length: Response tokens, 0 where a response is absent, int64, shape ``(B, K)``.
+        length: Scored response tokens, 0 where a response is absent, int64, shape ``(B, K)``.
         row: Number of each example in its data source, for messages, int64, shape ``(B,)``.
         max_query: Most queries in a sequence, kept on the host so that no kernel has to ask the device.
         max_key: Most tokens in a sequence, prefix included.
@@ -51,7 +51,7 @@ class Logps(NamedTuple):
 
     Attributes:
         total: Summed over the tokens of a response, in nats, shape ``(B, K)``.
-        length: Number of tokens in a response, 0 where it is absent, shape ``(B, K)``.
+        length: Number of scored tokens in a response, 0 where it is absent, shape ``(B, K)``.
     """
 
     total: Tensor
@@ -59,7 +59,9 @@ class Logps(NamedTuple):
 
 
 def lay_out(
-    examples: Sequence[tuple[list[int], list[list[int]]]], rows: Sequence[int] | None = None
+    examples: Sequence[tuple[list[int], list[list[int]]]],
+    rows: Sequence[int] | None = None,
+    scored: Sequence[list[list[bool]] | None] | None = None,
 ) -> PreferenceBatch:
     """One stream ``prompt | response_1 | ... | response_K``, example behind example, no padding.
 
@@ -67,6 +69,7 @@ def lay_out(
         examples: Prompt tokens and the tokens of the responses, best first; at least one token each. Examples may
             have different numbers of responses.
         rows: Number of each example in its source; 0, 1, ... unless given.
+        scored: For each example which tokens of each response are scored, at least one; None where all are.
 
     Returns:
         A batch on the CPU, with K the largest number of responses.
@@ -76,10 +79,11 @@ def lay_out(
     positions: list[range] = []
     spans: list[tuple[int, int, int, int]] = []
     keys: list[range] = []
-    sources: list[chain[int]] = []
+    sources: list[Iterable[int]] = []
+    targets: list[Iterable[int]] = []
     lengths: list[list[int]] = []
     cursor = 0
-    for prompt_ids, responses in examples:
+    for (prompt_ids, responses), masks in zip(examples, scored or [None] * len(examples), strict=True):
         prompt_start, prompt = cursor, len(prompt_ids)
         prompt_end = prompt_start + prompt
         tokens.append(prompt_ids)
@@ -96,8 +100,11 @@ def lay_out(
                 keys.append(range(prompt_start, prompt_end))
             keys.append(range(spans[-1][0], cursor))
             # The last token of the prompt predicts the first of every response.
-            sources.append(chain((prompt_end - 1,), range(start, cursor - 1)))
-        lengths.append([len(response) for response in responses] + [0] * (num_responses - len(responses)))
+            predictors = chain((prompt_end - 1,), range(start, cursor - 1))
+            sources.append(predictors if masks is None else compress(predictors, masks[index]))
+            targets.append(response if masks is None else compress(response, masks[index]))
+        counts = map(len, responses) if masks is None else map(sum, masks)
+        lengths.append([*counts] + [0] * (num_responses - len(responses)))
     length = torch.tensor(lengths)
     shares_prompts = num_responses > 1
     return PreferenceBatch(
@@ -106,7 +113,7 @@ def lay_out(
         spans=torch.tensor(spans),
         key_index=torch.tensor(list(chain.from_iterable(keys))) if shares_prompts else None,
         source=torch.tensor(list(chain.from_iterable(sources))),
-        target=torch.tensor([token for _, responses in examples for response in responses for token in response]),
+        target=torch.tensor(list(chain.from_iterable(targets))),
         owner=torch.repeat_interleave(length.flatten()),
         length=length,
         row=torch.tensor(rows if rows is not None else range(len(examples))),

@@ -1,7 +1,9 @@
 """Fixtures that several tests share: a tiny model with its tokenizer in a folder, and tiny configs of many families."""
 
+import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -66,6 +68,15 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory):
+    """Tokens of earlier sessions are of earlier code, so every session has a cache of its own, in child processes too."""
+    folder = str(tmp_path_factory.mktemp("datasets_cache"))
+    datasets.config.HF_DATASETS_CACHE = Path(folder)
+    os.environ["HF_DATASETS_CACHE"] = folder
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ ALLOWED = {
     "recipes": {"errors"},
     "losses": {"batch", "errors", "functional"},
     "models": {"batch", "functional", *FOUNDATION},
-    "data": {"batch", *FOUNDATION},
+    "data": {"batch", "recipes", *FOUNDATION},
     "references": {"batch", "models"},
     "generation": {"data", "errors"},
     "metrics": {"batch"},

@@ -12,7 +12,7 @@ from dpo_lightning.callbacks import LogSamples
 from dpo_lightning.cli import COMPONENTS, TOP_LEVEL
 from dpo_lightning.explain import explain
 
-PAIRS = [{"prompt": "the film", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
+PAIRS = [{"prompt": f"the film {i}", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
 
 
 def config(model, data, **init_args):
@@ -161,7 +161,7 @@ def no_weights(monkeypatch):
             lambda c: c["data"]["init_args"].update(
                 format={"class_path": "Pairs", "init_args": {"prompt": "question"}}
             ),
-            "pairs.jsonl, row 1: there is no column 'question'; the row has 'prompt', 'chosen', 'rejected'",
+            "pairs.jsonl: there is no column 'question'; the rows have 'prompt', 'chosen', 'rejected'",
         ),
         (lambda c: c["model"]["init_args"]["policy"].update(path="./no/model"), "there is no folder ./no/model"),
     ],

@@ -80,7 +80,7 @@ def found(cli, key):
     if part == "data":
         if name == "format":
             return type(cli.datamodule.format).__name__
-        return getattr(cli.datamodule, name)
+        return getattr(cli.datamodule, name, None) or getattr(cli.datamodule.tokenization, name)
     if part == "optimizer":
         optimizer = cli.trainer.optimizers[0]
         return f"torch.optim.{type(optimizer).__name__}" if name == "class_path" else optimizer.defaults[name]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
-from dpo_lightning.data.sources import Files
+from dpo_lightning.data.files import Files
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import Continuation, sample
 from dpo_lightning.modules.base import PolicyModule

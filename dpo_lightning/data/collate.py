@@ -10,4 +10,5 @@ from dpo_lightning.data.example import TokenizedExample
 
 def collate(examples: Sequence[TokenizedExample]) -> PreferenceBatch:
     """The stream of some examples, on the CPU, with K the largest number of responses."""
-    return lay_out([(e.prompt_ids, e.response_ids) for e in examples], [e.row for e in examples])
+    texts, rows = [(e.prompt_ids, e.response_ids) for e in examples], [e.row for e in examples]
+    return lay_out(texts, rows, [e.scored for e in examples])

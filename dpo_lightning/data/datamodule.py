@@ -1,48 +1,65 @@
-"""Preference data for a Trainer: read, tokenised and counted once, before any weight is loaded."""
+"""Preference data for a Trainer: read, tokenised and counted before any weight is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.data.example import PreferenceExample, TokenizedExample
-from dpo_lightning.data.formats import Format, UnusableRow, infer
+from dpo_lightning.data.chat import Chat
+from dpo_lightning.data.formats import Format
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
+from dpo_lightning.data.mixture import Mixture, Part, as_parts, shares
+from dpo_lightning.data.publish import publish
+from dpo_lightning.data.reading import begin
 from dpo_lightning.data.report import DataReport
-from dpo_lightning.data.sources import Row, Source, as_source
+from dpo_lightning.data.sources import Row, Source
+from dpo_lightning.data.splits import held_out, shared_prompts
+from dpo_lightning.data.stream import ShuffledStream, StreamLoader
+from dpo_lightning.data.table import Examples, TokenTable, tokenize
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 
-AnySource = str | Source | Sequence[Row]
-# The held-out share is the same whatever the seed of a run, so that runs can be compared.
-SPLIT_SEED = 0
+AnySource = str | Source | Mixture | Sequence[Row]
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class PreferenceDataModule(LightningDataModule):
     """Prompts with ranked responses, as batches for any module of this package.
 
-    A source is the path of a file, or any Source: {class_path: HubDataset, init_args: {name: owner/dataset}}.
+    A source is the path of a file, any Source ({class_path: HubDataset, init_args: {name: owner/dataset}}), or a
+    Mixture of several.
 
     Args:
         train: Rows to train on.
         val: Rows to validate on.
         test: Rows for test, and for predict.
         tokenizer: The model's tokenizer, or its path; the command line takes it from the model.
-        format: What the columns mean; found from the columns of the first row unless named.
-        val_fraction: Share of the training rows held out for validation, where val is not given.
+        format: What the columns mean; found from the first rows unless named.
+        val_fraction: Share of the training examples held out for validation, where val is not given. Examples of one
+            prompt stay together.
         batch_size: Examples in a batch, over all devices together.
         val_batch_size: The same for validation, test and predict; twice batch_size unless given.
-        max_length: Most tokens of prompt and response together; responses are cut at their right.
-        max_prompt_length: Most tokens of a prompt, which is cut at its left.
+        max_length: Most tokens of prompt and response together.
+        max_prompt_length: Most tokens of a prompt.
+        truncation: Keep examples that are longer, cut, or drop them. Responses are cut at their right.
+        truncation_side: Where a prompt is cut.
         num_responses: Keep the best so many responses of each example; 1 makes data for SFT.
+        chat: How messages become text.
+        strict: Stop where an example cannot be used, instead of leaving it out.
+        cache: Keep tokens on disk, in the datasets cache, and use them again as long as nothing changes them.
+        stream_buffer: Read the training rows as a stream, shuffled among so many examples, and store nothing: for
+            sources too large for the disk. Needs trainer.max_steps.
         num_workers: Processes that make batches.
+        num_proc: Processes that tokenise. Fast tokenizers use all cores by themselves; chat templates use one.
     """
 
     def __init__(
@@ -58,28 +75,47 @@ class PreferenceDataModule(LightningDataModule):
         val_batch_size: int | None = None,
         max_length: int = 512,
         max_prompt_length: int | None = None,
+        truncation: Literal["keep", "drop"] = "keep",
+        truncation_side: Literal["left", "right"] = "left",
         num_responses: int | None = None,
+        chat: Chat | None = None,
+        strict: bool = False,
+        cache: bool = True,
+        stream_buffer: int | None = None,
         num_workers: int = 0,
+        num_proc: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise UsageError(f"`val_fraction` must be in [0, 1), got {val_fraction}; 0.1 holds out a tenth.")
         if val is not None and val_fraction:
             raise UsageError("Both `val` and `val_fraction` are given; keep one of the two.")
-        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "num_responses": num_responses}
-        for name, value in sizes.items():
+        if stream_buffer is not None and val_fraction:
+            raise UsageError("Nothing can be held out of a stream; give `val` rows of their own, not `val_fraction`.")
+        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "num_proc": num_proc}
+        for name, value in (sizes | {"stream_buffer": stream_buffer}).items():
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be 1 or more, got {value}.")
-        self.sources = {"train": train, "val": val, "test": test}
+        given = {"train": train, "val": val, "test": test}
+        self.sources = {split: as_parts(source, format) for split, source in given.items() if source is not None}
         self.format, self.val_fraction = format, val_fraction
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or 2 * batch_size
-        self.num_responses, self.num_workers = num_responses, num_workers
+        self.strict, self.cache, self.stream_buffer = strict, cache, stream_buffer
+        self.num_workers, self.num_proc = num_workers, num_proc
         self.tokenization = Tokenization(
-            tokenizer=_load_tokenizer(tokenizer), max_length=max_length, max_prompt_length=max_prompt_length
+            tokenizer=_load_tokenizer(tokenizer),
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            truncation=truncation,
+            truncation_side=truncation_side,
+            chat=chat or Chat(),
+            num_responses=num_responses,
         )
-        self.examples: dict[str, list[TokenizedExample]] = {}
+        self.examples: dict[str, Examples] = {}
+        self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each source of a split, and what an epoch takes of it
         self.reports: list[DataReport] = []
         self.seed: int | None = None
+        self._prepared: dict[tuple[str, int], TokenTable] = {}
         if val is None and not val_fraction:
             # Without validation data this method is not defined, and the Trainer leaves validation out.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -89,27 +125,40 @@ class PreferenceDataModule(LightningDataModule):
         """The model's tokenizer."""
         return self.tokenization.tokenizer
 
+    def prepare_data(self) -> None:
+        """Tokenise what is to be used, in one process a machine; the others find it in the cache."""
+        if self.cache and self.trainer is not None:
+            for split in self._needed(self.trainer.state.fn.value):  # type: ignore[union-attr]
+                for place, part in enumerate(self.sources[split]):
+                    self._prepared[split, place] = self._tokenize(part)
+
     def setup(self, stage: str) -> None:
-        """Read what the stage needs, unless it was read before; the counts are printed once."""
-        needs = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        """Take up what the stage needs, unless it was before; every report is given once."""
         stage = getattr(stage, "value", stage)  # the Trainer hands in an enum
-        if stage not in needs:
-            raise UsageError(f"There is no stage {stage!r}; there are {', '.join(needs)}.")
-        splits = needs[stage]
-        if "val" in splits and self.sources["val"] is None and self.val_fraction:
-            splits = ("train", "val")
-        for split in splits:
-            source = self.sources[split]
-            if source is None or split in self.examples:
-                continue
-            self.examples[split] = self._read(as_source(source))
+        needed = [split for split in self._needed(stage) if split not in self.sizes]
+        for split in needed:
+            if split == "train" and self.stream_buffer is not None:
+                self._begin_stream()
+            else:
+                self._read(split)
             if split == "train" and self.val_fraction:
                 self._hold_out()
-        if splits[0] not in self.examples:
-            raise UsageError(f"There is no data for {stage}: give `data.init_args.{splits[0]}`.")
+        if {"train", "val"} <= set(self.examples) and "val" in needed and not self.val_fraction:
+            self._look_for_leaks()
+        if needed and self.trainer is not None:
+            publish(self.reports, self.trainer)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def teardown(self, stage: str) -> None:
+        """Say what a stream held, which is known at its end alone."""
+        if stage == "fit" and self.stream_buffer is not None and self.trainer is not None:
+            for report in self.reports[: len(self.sources["train"])]:
+                rank_zero_info(str(report))
+            publish(self.reports, self.trainer)
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled batches, in an order that the run's seed fixes."""
+        if self.stream_buffer is not None:
+            return self._stream_loader()
         # Overfitting on some batches means the same ones in every epoch.
         overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._loader("train", self.batch_size, shuffle=not overfit)
@@ -134,75 +183,146 @@ class PreferenceDataModule(LightningDataModule):
         """Keep the order of the run that is continued."""
         self.seed = state_dict["seed"]
 
-    def _read(self, source: Source) -> list[TokenizedExample]:
-        report = DataReport(str(source))
-        examples: list[PreferenceExample] = []
-        shape = self.format
-        for number, row in source.numbered():
-            report.rows += 1
-            if shape is None:
-                shape = infer(row, number, str(source))
-            try:
-                example = shape(row, number, str(source))
-            except UnusableRow as reason:
-                report.dropped[str(reason)] += 1
-                continue
-            examples.append(example._replace(responses=example.responses[: self.num_responses]))
-        report.format = "" if shape is None else type(shape).__name__
-        tokenized = list(self.tokenization(examples, report))
-        self.reports.append(report)
-        rank_zero_info(str(report))
-        if not tokenized:
-            raise UsageError(f"Of {source} no row is left to use.\n{report}")
-        return tokenized
+    def _needed(self, stage: str) -> list[str]:
+        """Splits to be read for a stage."""
+        if stage not in STAGES:
+            raise UsageError(f"There is no stage {stage!r}; there are {', '.join(STAGES)}.")
+        splits = STAGES[stage]
+        if "val" in splits and self.val_fraction:
+            splits = ("train",)
+        if splits[0] not in self.sources:
+            raise UsageError(f"There is no data for {stage}: give `data.init_args.{splits[0]}`.")
+        return [split for split in splits if split in self.sources]
+
+    def _tokenize(self, part: Part) -> TokenTable:
+        return tokenize(part.opened(), part.format, self.tokenization, cache=self.cache, num_proc=self.num_proc)
+
+    def _read(self, split: str) -> None:
+        kept = []
+        for place, part in enumerate(self.sources[split]):
+            table = self._prepared.pop((split, place), None) or self._tokenize(part)
+            report = table.report(split, str(part.source), self.batch_size)
+            self.reports.append(report)
+            rank_zero_info(str(report))
+            if self.strict and report.dropped:
+                raise UsageError(
+                    f"{part.source}, {report.first_drop()}\n{report.num_dropped:,} of {report.rows:,} rows cannot be "
+                    "used, and `data.init_args.strict` allows none."
+                )
+            if not report.kept:
+                raise UsageError(f"Of {part.source} no row is left to use.\n{report}")
+            kept.append(table.kept())
+        self.examples[split] = Examples.joined(kept)
+        sizes = list(map(len, kept))
+        taken = shares(sizes, [part.weight for part in self.sources[split]]) if split == "train" else sizes
+        self.sizes[split] = list(zip(sizes, taken, strict=True))
 
     def _hold_out(self) -> None:
-        examples = self.examples["train"]
-        held_out = round(self.val_fraction * len(examples))
-        if not 0 < held_out < len(examples):
-            raise UsageError(
-                f"`val_fraction` {self.val_fraction} of {len(examples)} examples holds out {held_out}; both parts need "
-                "at least one."
+        """Move some prompts with all their examples from train to val."""
+        examples, sizes = self.examples["train"], [size for size, _ in self.sizes["train"]]
+        held = held_out(examples.prompts(), self.val_fraction)
+        self.examples["val"] = examples.select(np.flatnonzero(held).tolist())
+        self.examples["train"] = examples.select(np.flatnonzero(~held).tolist())
+        self.sizes["val"] = [(int(held.sum()), int(held.sum()))]
+        left = [int((~part).sum()) for part in np.split(held, np.cumsum(sizes)[:-1])]
+        taken = shares(left, [part.weight for part in self.sources["train"]])
+        self.sizes["train"] = list(zip(left, taken, strict=True))
+        rank_zero_info(f"  held out for validation {held.sum():,}, left for training {(~held).sum():,}")
+
+    def _look_for_leaks(self) -> None:
+        if shared := shared_prompts(self.examples["val"].prompts(), self.examples["train"].prompts()):
+            rank_zero_info(
+                f"val: {shared:,} of {len(self.examples['val']):,} examples have a prompt that stands in train too; "
+                "what is measured there is partly memory."
             )
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
-        self.examples["val"] = [examples[index] for index in sorted(order[:held_out])]
-        self.examples["train"] = [examples[index] for index in sorted(order[held_out:])]
-        rank_zero_info(f"  held out for validation {held_out:,}, left for training {len(examples) - held_out:,}")
+
+    def _begin_stream(self) -> None:
+        reports = []
+        for place, part in enumerate(self.sources["train"]):
+            name = str(part.source)
+            reading = begin(part.opened().stream(), part.format, name)
+            self.sources["train"][place] = replace(part, format=reading.format)
+            reports.append(DataReport("train", name, str(reading.format), reading.unread, self.batch_size))
+            reports[-1].origin = "of a stream, which is tokenised as it is read"
+            rank_zero_info(f"train: {name}, a stream, read as {reading.format}")
+        self.reports = [*reports, *self.reports]
+        self.sizes["train"] = []
+
+    def _placed(self, split: str, batch_size: int) -> _Place:
+        place = _Place(seed=torch.initial_seed() if self.seed is None else self.seed)
+        if self.trainer is not None:
+            place = _Place(
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                seed=self.trainer.strategy.broadcast(place.seed),
+                on_gpu=self.trainer.strategy.root_device.type == "cuda",
+            )
+        self.seed = place.seed
+        if batch_size % place.world_size:
+            raise UsageError(
+                f"A {split} batch of {batch_size} examples does not divide among {place.world_size} devices; change "
+                f"`data.init_args.{'batch_size' if split == 'train' else 'val_batch_size'}`."
+            )
+        return place
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
         if split not in self.examples:
             raise UsageError(f"There are no {split} examples yet; call `setup` with the stage first.")
-        examples = self.examples[split]
-        rank, world_size, epoch, limit, seed, on_gpu = 0, 1, 0, 1.0, torch.initial_seed(), False
+        place, epoch, limit = self._placed(split, batch_size), 0, 1.0
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
             # Not `current_epoch`: resumed at the end of an epoch, the Trainer still counts that one as current.
             epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             limit = self.trainer.limit_train_batches
-            seed = self.trainer.strategy.broadcast(seed if self.seed is None else self.seed)
-            on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        self.seed = seed
-        if batch_size % world_size:
-            raise UsageError(
-                f"A {split} batch of {batch_size} examples does not divide among {world_size} devices; change "
-                f"`data.init_args.{'batch_size' if split == 'train' else 'val_batch_size'}`."
-            )
         sampler = GlobalBatchSampler(
-            len(examples), batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+            self.sizes[split],
+            batch_size,
+            shuffle=shuffle,
+            seed=place.seed,
+            rank=place.rank,
+            world_size=place.world_size,
         )
         if not len(sampler):
             raise UsageError(
-                f"The {len(examples)} {split} examples make no batch that divides among {world_size} devices; give "
-                "more rows or use fewer devices."
+                f"The {sampler.num_examples} {split} examples make no batch that divides among {place.world_size} "
+                "devices; give more rows or use fewer devices."
             )
         return ResumableLoader(
-            examples,
+            self.examples[split],
             sampler,
             num_workers=self.num_workers,
-            pin_memory=on_gpu,
+            pin_memory=place.on_gpu,
             epoch=epoch,
             max_batches=limit if isinstance(limit, int) else int(limit * len(sampler)),
         )
+
+    def _stream_loader(self) -> StreamLoader:
+        assert self.stream_buffer is not None
+        if self.trainer is None or self.trainer.max_steps < 1:
+            raise UsageError("How long a stream is nobody knows: set `trainer.max_steps`.")
+        place = self._placed("train", self.batch_size)
+        stream = ShuffledStream(
+            self.sources["train"],
+            self.tokenization,
+            self.batch_size,
+            self.stream_buffer,
+            place.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+        return StreamLoader(
+            stream,
+            self.trainer.max_steps * self.trainer.accumulate_grad_batches,
+            self.reports[: len(self.sources["train"])],
+            num_workers=self.num_workers,
+            pin_memory=place.on_gpu,
+        )
+
+
+class _Place(NamedTuple):
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    on_gpu: bool = False
 
 
 def _load_tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer:

@@ -1,18 +1,17 @@
-"""What the columns of a row mean. A format turns a row into an example or says why it cannot."""
+"""What the columns of a row mean. A format turns a row into examples or says why it cannot."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dpo_lightning.data.example import PreferenceExample
+from dpo_lightning.data.cells import as_messages, cell, is_messages, optional_text, text, tools_in, wrong_type
+from dpo_lightning.data.dialogue import DIFFER_EARLIER, NOTHING_SHARED, answered, shared, word_ends
+from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.sources import Row
 from dpo_lightning.errors import UsageError
-
-
-class UnusableRow(Exception):
-    """A row that holds no usable example, though its columns are right; the text is the reason to count it under."""
 
 
 class Format(ABC):
@@ -20,68 +19,103 @@ class Format(ABC):
 
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Columns that every row must have."""
+        """Columns that it reads, all of which every row must have."""
 
     @abstractmethod
-    def read(self, row: Row) -> tuple[str, list[str]]:
-        """Prompt and responses, best first; may raise :class:`UnusableRow`."""
-
-    def __call__(self, row: Row, number: int, source: str) -> PreferenceExample:
-        """The example of a row.
-
-        Args:
-            row: The row.
-            number: Its number in the source, for messages.
-            source: What messages call its source.
+    def read(self, row: Row) -> Sequence[PreferenceExample | UnusableRow]:
+        """The examples of a row; where it holds several, a reason in place of each that cannot be used.
 
         Raises:
-            UsageError: If a column is missing or does not hold what it should.
-            UnusableRow: If the row is well-formed but holds no example.
+            UnusableRow: If the row holds none.
         """
-        if not isinstance(row, Mapping):
-            raise UsageError(
-                f"{source}, row {number}: expected an object with named columns, got {type(row).__name__}; write each "
-                'row like {"prompt": ...}.'
-            )
-        for column in self.columns():
-            if column not in row:
-                argument = next((name for name, value in vars(self).items() if value == column), column)
-                raise UsageError(
-                    f"{source}, row {number}: there is no column {column!r}; the row has {', '.join(map(repr, row))}. "
-                    f"{type(self).__name__} reads {', '.join(map(repr, self.columns()))}; name your columns by "
-                    "`data.init_args.format`, as in {class_path: "
-                    f"{type(self).__name__}, init_args: {{{argument}: your_column}}}}."
-                )
-        try:
-            prompt, responses = self.read(row)
-        except TypeError as error:
-            raise UsageError(
-                f"{source}, row {number}: {error} Name another column by `data.init_args.format`, or change the row."
-            ) from error
-        return PreferenceExample(prompt, tuple(responses), number)
+
+    def __str__(self) -> str:
+        """Its name and the columns that it reads."""
+        return f"{type(self).__name__} ({', '.join(self.columns())})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Format):
-    """Prompt, chosen and rejected response as text; the model reads prompt and response joined as they are.
+class Asked(Format):
+    """A format whose prompts have a column of their own.
 
     Args:
-        prompt: Column of the prompt.
-        chosen: Column of the better response.
-        rejected: Column of the worse response.
+        prompt: Column of the prompt, as text or messages.
+        context: Column of text that follows the prompt after a blank line, where it is not empty.
+        system: Column of a system message.
+        tools: Column of tools, for the chat template.
     """
 
     prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    context: str | None = None
+    system: str | None = None
+    tools: str | None = None
+
+    @abstractmethod
+    def answers(self) -> tuple[str, ...]:
+        """Columns of the responses."""
 
     def columns(self) -> tuple[str, ...]:
-        """Prompt, chosen, rejected."""
-        return self.prompt, self.chosen, self.rejected
+        """Those of the prompt and those of the responses."""
+        asked = (self.prompt, self.context, self.system, self.tools)
+        return (*(column for column in asked if column is not None), *self.answers())
 
-    def read(self, row: Row) -> tuple[str, list[str]]:
-        """The three texts."""
-        return text(row, self.prompt), [text(row, self.chosen), text(row, self.rejected)]
+    def example(self, row: Row, responses: Sequence[Any]) -> PreferenceExample:
+        """The row's prompt with some responses."""
+        prompt = cell(row, self.prompt)
+        if not isinstance(prompt, str) and not is_messages(prompt):
+            raise wrong_type(f"column {self.prompt!r}", "text or messages", prompt)
+        context = optional_text(row, self.context)
+        if context.strip():
+            if not isinstance(prompt, str):
+                raise wrong_type(f"column {self.prompt!r}", "text, since a context is to follow it", prompt)
+            prompt = f"{prompt}\n\n{context}"
+        return answered(prompt, responses, optional_text(row, self.system), tools_in(row, self.tools))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Asked):
+    """Prompt, chosen and rejected response, each as text or as messages.
+
+    The model reads a prompt and a response that are text joined as they are. Where one is a list of messages, text
+    means the user's or the assistant's message, and chosen and rejected may repeat the prompt.
+
+    Args:
+        chosen: Column of the better response.
+        rejected: Column of the worse response.
+        repeated: Whether texts of chosen and rejected begin with the prompt once more; it is taken off.
+    """
+
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    repeated: bool = False
+
+    def answers(self) -> tuple[str, ...]:
+        """Chosen, rejected."""
+        return self.chosen, self.rejected
+
+    def read(self, row: Row) -> list[PreferenceExample]:
+        """One pair."""
+        sides = [cell(row, column) for column in self.answers()]
+        for column, side in zip(self.answers(), sides, strict=True):
+            if not isinstance(side, str) and not is_messages(side):
+                raise wrong_type(f"column {column!r}", "text or messages", side)
+        if self.repeated:
+            prompt = text(row, self.prompt)
+            if not all(isinstance(side, str) and side.startswith(prompt) for side in sides):
+                raise UnusableRow("the responses do not begin with the prompt", "`repeated` says that they do.")
+            sides = [side[len(prompt) :] for side in sides]
+        return [self.example(row, sides)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareGPT(Pairs):
+    """Dialogues of ``{"from": ..., "value": ...}`` with a chosen and a rejected answer.
+
+    Args:
+        prompt: Column of the dialogue.
+    """
+
+    prompt: str = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +140,12 @@ class Transcripts(Format):
         """Chosen, rejected."""
         return self.chosen, self.rejected
 
-    def read(self, row: Row) -> tuple[str, list[str]]:
+    def read(self, row: Row) -> list[PreferenceExample]:
         """Prompt and the two last answers."""
         (prompt, chosen), (other, rejected) = (self._split(text(row, name)) for name in self.columns())
         if prompt != other:
-            raise UnusableRow("chosen and rejected differ before the last answer")
-        return prompt, [chosen, rejected]
+            raise UnusableRow(DIFFER_EARLIER)
+        return [PreferenceExample(prompt, (chosen, rejected))]
 
     def _split(self, dialogue: str) -> tuple[str, str]:
         head, mark, answer = dialogue.rpartition(self.answer)
@@ -121,84 +155,33 @@ class Transcripts(Format):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rankings(Format):
-    """A prompt and a list of responses, best first.
+class SharedPrompts(Format):
+    """Chosen and rejected with the prompt inside both: it is what they share at their beginning.
+
+    Messages are split at the first that differs, texts at the last place before the first difference where a word
+    and a token end.
 
     Args:
-        prompt: Column of the prompt.
-        responses: Column of the list.
+        chosen: Column of the better dialogue.
+        rejected: Column of the worse dialogue.
+        tools: Column of tools, for the chat template.
     """
 
-    prompt: str = "prompt"
-    responses: str = "responses"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    tools: str | None = None
 
     def columns(self) -> tuple[str, ...]:
-        """Prompt, responses."""
-        return self.prompt, self.responses
+        """Chosen, rejected, and tools where they are named."""
+        return (self.chosen, self.rejected, *([] if self.tools is None else [self.tools]))
 
-    def read(self, row: Row) -> tuple[str, list[str]]:
-        """The prompt and its ranking."""
-        responses = row[self.responses]
-        if not isinstance(responses, (list, tuple)) or not all(isinstance(item, str) for item in responses):
-            raise TypeError(f"column {self.responses!r} must be a list of texts, best first, got {responses!r:.80}.")
-        if len(responses) < 2:
-            raise UnusableRow("fewer than two responses")
-        return text(row, self.prompt), [encodable(response) for response in responses]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Texts(Format):
-    """Plain text to learn as it is, for SFT.
-
-    Args:
-        text: Column of the text.
-        prompt: Column of a beginning that is given and not learned, if any.
-    """
-
-    text: str = "text"
-    prompt: str | None = None
-
-    def columns(self) -> tuple[str, ...]:
-        """Text, and prompt where it is named."""
-        return (self.text,) if self.prompt is None else (self.prompt, self.text)
-
-    def read(self, row: Row) -> tuple[str, list[str]]:
-        """One response, its prompt empty unless a column is named."""
-        return "" if self.prompt is None else text(row, self.prompt), [text(row, self.text)]
-
-
-SHAPES: tuple[Format, ...] = (Pairs(), Rankings(), Transcripts(), Texts())
-
-
-def infer(row: Row, number: int, source: str) -> Format:
-    """The first known shape whose columns a row has.
-
-    Raises:
-        UsageError: If none has; names the columns found and the shapes known.
-    """
-    for shape in SHAPES:
-        if isinstance(row, Mapping) and set(shape.columns()) <= set(row):
-            return shape
-    known = "; ".join(f"{type(shape).__name__}: {', '.join(shape.columns())}" for shape in SHAPES)
-    found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise UsageError(
-        f"{source}, row {number}: cannot tell what its columns mean. Found {found}; known are {known}. Name the "
-        "columns by `data.init_args.format`, as in {class_path: Pairs, init_args: {prompt: question}}."
-    )
-
-
-def text(row: Row, column: str) -> str:
-    """The text in a column; anything else is a TypeError that names it."""
-    value = row[column]
-    if not isinstance(value, str):
-        raise TypeError(f"column {column!r} must be text, got {type(value).__name__}: {value!r:.80}.")
-    return encodable(value)
-
-
-def encodable(value: str) -> str:
-    """A text that a tokenizer takes: JSON may hold halves of characters, which no encoding has."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UnusableRow("text with half a character (a lone surrogate)") from None
-    return value
+    def read(self, row: Row) -> list[PreferenceExample]:
+        """One pair."""
+        sides = [cell(row, column) for column in (self.chosen, self.rejected)]
+        if all(isinstance(side, str) for side in sides):
+            texts = (text(row, self.chosen), text(row, self.rejected))
+            if not any(texts[0][:place].strip() for place in word_ends(texts)):
+                raise UnusableRow(NOTHING_SHARED)
+            return [PreferenceExample(None, texts)]
+        messages = [as_messages(cell(row, column), f"column {column!r}") for column in (self.chosen, self.rejected)]
+        return [shared(messages, tools_in(row, self.tools))]

@@ -18,7 +18,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Global batches of which every rank takes its share.
 
     Args:
-        num_examples: Size of the data set.
+        parts: Size of each source in the data set, and how many of its examples an epoch takes.
         batch_size: Examples in a global batch, over all ranks.
         shuffle: Whether each epoch has an order of its own; then a last batch that does not divide among the ranks
             is left out, otherwise nothing is.
@@ -28,9 +28,16 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_examples: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        parts: Sequence[tuple[int, int]],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.num_examples, self.batch_size = num_examples, batch_size
+        self.parts, self.num_examples, self.batch_size = parts, sum(taken for _, taken in parts), batch_size
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = self.start = 0
 
@@ -41,15 +48,23 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's share of each global batch of the epoch, from the batch numbered ``start``."""
-        if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-            order = torch.randperm(self.num_examples, generator=generator).tolist()
-        else:
-            order = list(range(self.num_examples))
+        order = self._order()
         for batch in range(self.start, len(self)):
             share = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
             if share:
                 yield share
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        chosen, start = [], 0
+        for size, taken in self.parts:
+            places = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
+            chosen.append(start + places[:taken])
+            start += size
+        order = torch.cat(chosen)
+        if self.shuffle and len(chosen) > 1:
+            order = order[torch.randperm(len(order), generator=generator)]
+        return order.tolist()
 
 
 class ResumableLoader:

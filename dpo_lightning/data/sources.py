@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
-import lzma
-import os
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.paths import resolve
 
 Row = Mapping[str, Any]
-OPENERS: dict[str, Callable[..., Any]] = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 
 
 class Source(ABC):
@@ -31,74 +25,17 @@ class Source(ABC):
         """The rows with the numbers by which messages name them: 1, 2, 3, or those of the lines of a file."""
         return enumerate(self, start=1)
 
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """The same rows and numbers, without first storing all of them on this machine."""
+        return self.numbered()
+
+    def fingerprint(self) -> str | None:
+        """Changes whenever the rows do; None where nobody can tell: then no tokens are cached."""
+        return None
+
     @abstractmethod
     def __str__(self) -> str:
         """What messages call it."""
-
-
-@dataclass(frozen=True)
-class Files(Source):
-    """A file of rows: JSON Lines (.jsonl, .jsonl.gz, .jsonl.xz) or Parquet (.parquet).
-
-    Args:
-        path: Path of the file, or package:NAME for one that this package brings.
-    """
-
-    path: str
-
-    def __iter__(self) -> Iterator[Row]:
-        """Rows; a missing or broken file is named with the line where it breaks."""
-        return (row for _, row in self.numbered())
-
-    def numbered(self) -> Iterator[tuple[int, Row]]:
-        """Rows with their numbers; in JSON Lines those of their lines, where blank lines count but hold no row."""
-        path = Path(resolve(self.path)).expanduser()
-        if not path.is_file():
-            raise UsageError(
-                f"There is no data file {self.path} (looked for {path.absolute()}). For a dataset on a hub write "
-                "{class_path: HubDataset, init_args: {name: owner/dataset}}."
-            )
-        suffix = next((suffix for suffix in (*OPENERS, ".parquet") if path.name.endswith(suffix)), None)
-        if suffix is None:
-            known = ", ".join((*OPENERS, ".parquet"))
-            raise UsageError(f"{self.path} has none of the endings that tell its format: {known}.")
-        if suffix == ".parquet":
-            return enumerate(self._parquet(path), start=1)
-        return self._json_lines(path, OPENERS[suffix])
-
-    def __str__(self) -> str:
-        """The path."""
-        return self.path
-
-    def _json_lines(self, path: Path, opener: Callable[..., Any]) -> Iterator[tuple[int, Row]]:
-        number = 0
-        try:
-            with opener(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield number, json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}, line {number}: not text in UTF-8 ({error}); convert the file.") from error
-        except ValueError as error:
-            raise UsageError(
-                f"{self.path}, line {number}: not valid JSON ({error}); each line must be one object."
-            ) from error
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise UsageError(
-                f"{self.path} cannot be read beyond line {number}: {error}. Is the file whole, and compressed as its "
-                "name says?"
-            ) from error
-
-    def _parquet(self, path: Path) -> Iterator[Row]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UsageError(f"{self.path} cannot be read as Parquet: {error}. Is the file whole?") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,53 +58,119 @@ class HubDataset(Source):
 
     def __iter__(self) -> Iterator[Row]:
         """Rows of the split."""
-        from datasets import load_dataset
+        return iter(self._load())
+
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """Rows as they come from the hub; of whole splits alone."""
+        import pyarrow
         from datasets.exceptions import DatasetsError
 
-        try:
-            rows = load_dataset(
-                self.name, self.config, split=self.split, data_dir=self.data_dir, revision=self.revision
-            )
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if "[" in self.split:
             raise UsageError(
-                f"The dataset {self} could not be had from the hub: {error}. Is there a network, and is its name "
-                "right? Rows on this machine are given by the path of their file."
+                f"{self}: a stream can only be read from its first row to its last, which leaves no part like "
+                f"{self.split!r} to choose; set `split` to {self.split.partition('[')[0]!r}, or leave out "
+                "`data.init_args.stream_buffer`, so that the dataset is stored first."
+            )
+        rows, number = self._load(streaming=True), 0
+        try:
+            for number, row in enumerate(rows, start=1):
+                yield number, row
+        except (OSError, EOFError, ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException) as error:
+            raise UsageError(
+                f"The stream of {self} broke behind row {number}: {_reason(error)}. Try again; to store the dataset "
+                "first leave out `data.init_args.stream_buffer`."
             ) from error
-        return iter(rows)
+
+    def fingerprint(self) -> str:
+        """That of ``datasets``: of name, configuration, split, and the commit on the hub or the time of local files."""
+        return self._load()._fingerprint
 
     def __str__(self) -> str:
         """Name and split."""
         return f"{self.name} ({', '.join(part for part in (self.config, self.data_dir, self.split) if part)})"
 
+    def _load(self, **how: Any) -> Any:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return load_dataset(
+                self.name, self.config, split=self.split, data_dir=self.data_dir, revision=self.revision, **how
+            )
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            # What is unreachable or not there is an OSError; where something was found, the rest of the name is wrong.
+            remedy = "Is there a network, and is its name right?"
+            if not isinstance(error, OSError):
+                remedy = "Are its `split`, `config`, `data_dir` and `revision` right?"
+            raise UsageError(
+                f"The dataset {self} could not be had from the hub: {_reason(error)}. {remedy} Rows on this machine "
+                "are given by the path of their file."
+            ) from error
+
 
 @dataclass(frozen=True)
 class Rows(Source):
-    """Rows already in memory: a list of dictionaries or a ``datasets.Dataset``.
+    """Rows already in memory: a list of dictionaries, a ``datasets.Dataset`` or a ``datasets.IterableDataset``.
 
     Args:
         rows: The rows.
     """
 
-    rows: Sequence[Row]
+    rows: Iterable[Row]
+
+    def __post_init__(self) -> None:
+        kind, choice = type(self.rows).__name__, "of a stream make a list"
+        if isinstance(self.rows, Mapping):
+            kind, choice = f"{kind} of {', '.join(map(repr, self.rows))}", "of several splits name one"
+        elif (isinstance(self.rows, Sized) and hasattr(self.rows, "__getitem__")) or _is_stream(self.rows):
+            return
+        raise UsageError(
+            f"Rows in memory must be a list of dictionaries, a `datasets.Dataset` or an `IterableDataset`, got {kind}; "
+            f"{choice}."
+        )
 
     def __iter__(self) -> Iterator[Row]:
         """The rows as they are."""
         return iter(self.rows)
 
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        """The rows with their numbers; a stream has none to give, as nothing says that it ends."""
+        if not isinstance(self.rows, Sized):
+            raise UsageError(
+                "These rows are a stream, without an end up to which they could be read and stored. Set "
+                "`data.init_args.stream_buffer` to train on them as they come, or make a list or a `datasets.Dataset` "
+                "of them."
+            )
+        return enumerate(self.rows, start=1)
+
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """The rows with their numbers, from memory or from the stream."""
+        return enumerate(self.rows, start=1)
+
+    def fingerprint(self) -> str | None:
+        """That of the ``datasets.Dataset``, or a hash of the rows as JSON; None for a stream and what JSON lacks."""
+        if not isinstance(self.rows, Sized):
+            return None
+        if hasattr(self.rows, "_fingerprint"):
+            return self.rows._fingerprint
+        digest = hashlib.blake2b(digest_size=16)
+        try:
+            for row in self.rows:
+                digest.update(json.dumps(row).encode() + b"\n")
+        except (TypeError, ValueError, RecursionError):
+            return None
+        return digest.hexdigest()
+
     def __str__(self) -> str:
         """Their number."""
-        return f"{len(self.rows)} rows in memory"
+        return f"{len(self.rows)} rows in memory" if isinstance(self.rows, Sized) else "a stream"
 
 
-def as_source(value: str | os.PathLike[str] | Source | Sequence[Row]) -> Source:
-    """A source as given; a string is the path of a file, a sequence holds rows."""
-    if isinstance(value, Source):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return Files(os.fspath(value))
-    if isinstance(value, Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
-        raise UsageError(
-            f"Rows in memory must be a list of dictionaries or a `datasets.Dataset`, got {type(value).__name__}; "
-            "of several splits name one, of a stream make a list."
-        )
-    return Rows(value)
+def _is_stream(rows: Iterable[Row]) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(rows, IterableDataset)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rstrip(".")

@@ -2,27 +2,52 @@
 
 The prompt's tokens are those that the model sees at inference, the same for every response. A response's tokens
 are what tokenising prompt and response together adds to them; where tokens merge across the boundary, so that the
-prompt is no prefix of the whole, the response is tokenised by itself, and counted.
+prompt is no prefix of the whole, the response is tokenised by itself, and counted. A text response is closed by the
+end token; behind messages stands what their chat template writes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.data.example import PreferenceExample, TokenizedExample
-from dpo_lightning.data.formats import UnusableRow
-from dpo_lightning.data.report import DataReport
+from dpo_lightning.data.chat import Chat, RenderedExample, Renderer, Segment
+from dpo_lightning.data.dialogue import NO_PROMPT, NO_RESPONSE, NOTHING_SHARED, word_ends
+from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
 from dpo_lightning.errors import UsageError
 
-MERGED = "responses tokenised by themselves, since tokens merge across the boundary"
-CUT_PROMPT = "prompts cut at their left"
-CUT_RESPONSE = "responses cut at their right, without end token"
-NO_END = "responses without end token, since the tokenizer has none: a model learns from them not to stop"
-TWO_BEGINS = "prompts with two begin tokens: their text begins with one, and the tokenizer adds one"
-CHUNK = 1_000
+TOO_LONG = "too long"
+EQUAL = "equal responses"
+NOTHING_LEFT = "nothing left to score"
+NUM_SPLITS = 20  # places tried for the end of a prompt that responses share
+
+
+class Notes(NamedTuple):
+    """What happened to an example on its way, as counts.
+
+    Attributes:
+        cut_prompt: Prompts cut.
+        cut_responses: Responses cut at their right, and so without end token.
+        no_end: Responses without end token, though they are whole.
+        merged: Responses tokenised by themselves, since tokens merge across the boundary.
+        two_begins: Prompts with two begin tokens: their text has one, and the tokenizer adds one.
+        special: Texts that hold a special token, which they become.
+        run_on: Responses that follow their prompt without a space or line between them.
+    """
+
+    cut_prompt: int = 0
+    cut_responses: int = 0
+    no_end: int = 0
+    merged: int = 0
+    two_begins: int = 0
+    special: int = 0
+    run_on: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +56,21 @@ class Tokenization:
 
     Args:
         tokenizer: Tokenizer of the model.
-        max_length: Most tokens of prompt and response together; responses are cut at their right.
-        max_prompt_length: Most tokens of a prompt; it is cut at its left but for a begin token, since the end of a
-            dialogue matters most.
+        max_length: Most tokens of prompt and response together.
+        max_prompt_length: Most tokens of a prompt.
+        truncation: Keep what is too long, cut, or drop it. Responses are cut at their right.
+        truncation_side: Where a prompt is cut; its begin token stays.
+        chat: How messages become text.
+        num_responses: Keep the best so many responses.
     """
 
     tokenizer: Tokenizer
     max_length: int
     max_prompt_length: int | None = None
+    truncation: Literal["keep", "drop"] = "keep"
+    truncation_side: Literal["left", "right"] = "left"
+    chat: Chat = field(default_factory=Chat)
+    num_responses: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -48,74 +80,163 @@ class Tokenization:
                 f"`max_prompt_length` must be at least 1 and below `max_length` ({self.max_length}), so that a "
                 f"response finds room, got {self.max_prompt_length}."
             )
+        for name, choices in (("truncation", ("keep", "drop")), ("truncation_side", ("left", "right"))):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"`{name}` must be {' or '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.num_responses is not None and self.num_responses < 1:
+            raise UsageError(f"`num_responses` must be 1 or more, got {self.num_responses}.")
 
-    def __call__(self, examples: Sequence[PreferenceExample], report: DataReport) -> Iterator[TokenizedExample]:
-        """Tokenised examples; what is dropped, merged or cut is counted in the report."""
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
-            prompts = iter(encode(self.tokenizer, [example.prompt for example in chunk]))
-            texts = [example.prompt + response for example in chunk for response in example.responses]
-            wholes = iter(encode(self.tokenizer, texts))
-            for example in chunk:
-                prompt, whole = next(prompts), [next(wholes) for _ in example.responses]
-                try:
-                    tokenized = self._one(example, prompt, whole, report)
-                except UnusableRow as reason:
-                    report.dropped[str(reason)] += 1
-                    continue
-                report.kept += 1
-                report.prompt_tokens += len(tokenized.prompt_ids)
-                report.response_tokens += sum(map(len, tokenized.response_ids))
-                yield tokenized
+    def __call__(self, examples: Sequence[PreferenceExample]) -> Iterator[tuple[TokenizedExample, Notes] | UnusableRow]:
+        """Each example tokenised, with what happened to it, or the reason why it cannot be used."""
+        rendered = [self._render(example) for example in examples]
+        ids: dict[str, list[int]] = {}
+        # Tokenizers are fastest on many texts at once.
+        for templated in (False, True):
+            items = [item for item in rendered if isinstance(item, RenderedExample) and item.templated is templated]
+            texts = list({text for item in items for text in _beginnings(item)})
+            ids |= zip(texts, self._encode(texts, templated), strict=True)
+        for example, item in zip(examples, rendered, strict=True):
+            try:
+                if isinstance(item, UnusableRow):
+                    raise item
+                tokens, notes = self._tokenize(item, ids)
+                special = any(map(self._special_texts.search, _contents(example)))
+                yield tokens._replace(row=example.row), notes._replace(special=int(special))
+            except UnusableRow as reason:
+                yield reason
 
-    def _one(
-        self, example: PreferenceExample, prompt: list[int], wholes: list[list[int]], report: DataReport
-    ) -> TokenizedExample:
-        if len(set(example.responses)) < len(example.responses):
-            raise UnusableRow("equal responses")
-        merged, responses = 0, []
-        for text, whole in zip(example.responses, wholes, strict=True):
-            if whole[: len(prompt)] == prompt:
-                response = whole[len(prompt) :]
-            else:
-                response = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                merged += 1
-            responses.append(self._with_end(response))
-        bos = self.tokenizer.bos_token_id
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.chat)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {token for token, content in added if content.special}
+
+    @cached_property
+    def _special_texts(self) -> re.Pattern[str]:
+        texts = self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
+        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def _encode(self, texts: list[str], templated: bool) -> list[list[int]]:
+        if not templated:
+            return encode(self.tokenizer, texts)
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _render(self, example: PreferenceExample) -> RenderedExample | UnusableRow:
+        try:
+            item = self._renderer(example._replace(responses=example.responses[: self.num_responses]))
+            return self._split(example) if item.prompt is None else item
+        except UnusableRow as reason:
+            return reason
+
+    def _split(self, example: PreferenceExample) -> RenderedExample:
+        """Whole texts split where what they share ends with a word and with a token."""
+        texts = [str(response) for response in example.responses]
+        wholes = encode(self.tokenizer, texts)
+        for place in islice(word_ends(texts), NUM_SPLITS):
+            prompt = texts[0][:place]
+            (ids,) = encode(self.tokenizer, [prompt])
+            if prompt.strip() and all(whole[: len(ids)] == ids for whole in wholes):
+                kept = texts[: self.num_responses]
+                answered = example._replace(prompt=prompt, responses=tuple(text[place:] for text in kept))
+                return self._renderer(answered)
+        raise UnusableRow(NOTHING_SHARED)
+
+    def _tokenize(self, item: RenderedExample, ids: dict[str, list[int]]) -> tuple[TokenizedExample, Notes]:
+        texts = ["".join(piece.text for piece in pieces) for pieces in item.responses]
+        if len(set(texts)) < len(texts):
+            raise UnusableRow(EQUAL)
+        if not all(texts):
+            raise UnusableRow(NO_RESPONSE)
+        whole_prompt = item.prompt or ""
+        prompt, bos = ids[whole_prompt], self.tokenizer.bos_token_id
+        responses = [self._response(item, pieces, ids) for pieces in item.responses]
         if not prompt and bos is not None:
             prompt = [bos]
-            responses = [response[1:] if response[:1] == prompt else response for response in responses]
+            responses = [response.without_begin(bos) for response in responses]
         if not prompt:
-            raise UnusableRow("empty prompt, and the tokenizer has no begin token")
+            raise UnusableRow(NO_PROMPT, "it has no tokens, and the tokenizer has no begin token.")
         kept = self._cut_prompt(prompt)
         room = self.max_length - len(kept)
-        cut = [response[:room] for response in responses]
-        if not all(example.responses):
-            raise UnusableRow("empty response")
-        if room < 1:
-            raise UnusableRow("prompt leaves no room for a response token (max_prompt_length cuts prompts)")
-        if not all(cut):
-            raise UnusableRow("no response token")
-        if len(set(map(tuple, cut))) < len(cut):
-            raise UnusableRow(f"equal responses after {'truncation' if cut != responses else 'tokenisation'}")
-        report.noted[MERGED] += merged
-        report.noted[CUT_PROMPT] += len(kept) < len(prompt)
-        report.noted[CUT_RESPONSE] += sum(len(response) > room for response in responses)
-        report.noted[NO_END] += len(responses) if self.tokenizer.eos_token_id is None else 0
-        report.noted[TWO_BEGINS] += prompt[:2] == [bos, bos]
-        return TokenizedExample(kept, cut, example.row)
+        cut = [response.cut(room) for response in responses]
+        notes = Notes(
+            cut_prompt=int(len(kept) < len(prompt)),
+            cut_responses=sum(len(response.ids) > room for response in responses),
+            no_end=sum(not self._ends(response) for response in responses if len(response.ids) <= room),
+            merged=sum(response.merged for response in responses),
+            two_begins=int(bos is not None and prompt[:2] == [bos, bos]),
+            run_on=int(not item.templated and any(map(_runs_on, [whole_prompt] * len(texts), texts))),
+        )
+        if self.truncation == "drop" and (notes.cut_prompt or notes.cut_responses):
+            longest = len(prompt) + max(len(response.ids) for response in responses)
+            raise UnusableRow(TOO_LONG, f"{len(prompt):,} prompt tokens, {longest:,} with the longest response.")
+        if not all(any(response.scored) for response in cut):
+            raise UnusableRow(
+                NOTHING_LEFT,
+                f"the prompt has {len(kept):,} tokens of `max_length` {self.max_length:,}; `max_prompt_length` cuts it."
+                if room < 1
+                else "no token of a response is left behind the prompt.",
+            )
+        if len({tuple(response.ids) for response in cut}) < len(cut):
+            raise UnusableRow(f"{EQUAL} after {'truncation' if notes.cut_responses else 'tokenisation'}")
+        scored = [response.scored for response in cut]
+        partly = None if all(map(all, scored)) else scored
+        return TokenizedExample(kept, [response.ids for response in cut], 0, partly), notes
 
-    def _with_end(self, response: list[int]) -> list[int]:
+    def _response(self, item: RenderedExample, pieces: tuple[Segment, ...], ids: dict[str, list[int]]) -> _Response:
+        before, parts, merged = ids[item.prompt or ""], [], False
+        for text in _beginnings(item._replace(responses=(pieces,)))[1:]:
+            whole = ids[text]
+            merged = merged or whole[: len(before)] != before
+            parts.append(whole[len(before) :])
+            before = whole
+        if merged:
+            parts = [self._alone(piece.text) for piece in pieces]
+        response = _Response(
+            [token for part in parts for token in part],
+            [piece.scored for piece, part in zip(pieces, parts, strict=True) for _ in part],
+            merged,
+        )
         end = self.tokenizer.eos_token_id
-        return response if end is None or response[-1:] == [end] else [*response, end]
+        if item.templated or end is None or response.ids[-1:] == [end]:
+            return response
+        return _Response([*response.ids, end], [*response.scored, True], merged)
+
+    def _alone(self, text: str) -> list[int]:
+        """Tokens of a text that continues something, without the space that some tokenizers put before any text."""
+        for before in ("\n", ".", "a"):
+            first, whole = self._encode([before, before + text], templated=True)
+            if first and whole[: len(first)] == first:
+                return whole[len(first) :]
+        return self._encode([text], templated=True)[0]
+
+    def _ends(self, response: _Response) -> bool:
+        """Whether a special token closes a response; a template may put a line's end behind it."""
+        return not self._special_ids.isdisjoint(response.ids[-3:])
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         limit = self.max_prompt_length
         if limit is None or len(prompt) <= limit:
             return prompt
+        if self.truncation_side == "right":
+            return prompt[:limit]
         begin = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
         kept = limit - len(begin)
         return begin + (prompt[-kept:] if kept else [])
+
+
+class _Response(NamedTuple):
+    ids: list[int]
+    scored: list[bool]
+    merged: bool
+
+    def cut(self, room: int) -> _Response:
+        return self._replace(ids=self.ids[: max(room, 0)], scored=self.scored[: max(room, 0)])
+
+    def without_begin(self, bos: int) -> _Response:
+        return self._replace(ids=self.ids[1:], scored=self.scored[1:]) if self.ids[:1] == [bos] else self
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -128,3 +249,27 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     special = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
     appended = special[::-1].index(0) if 0 in special else 0
     return [ids[: len(ids) - appended] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
+def _beginnings(item: RenderedExample) -> list[str]:
+    """The prompt, and it with every beginning of a response that ends with a piece."""
+    texts = [item.prompt or ""]
+    for pieces in item.responses:
+        text = texts[0]
+        for piece in pieces:
+            text += piece.text
+            texts.append(text)
+    return texts
+
+
+def _contents(example: PreferenceExample) -> Iterator[str]:
+    """What people wrote, without what a template adds."""
+    for part in (example.prompt, *example.responses):
+        if isinstance(part, list):
+            yield from (message["content"] for message in part)
+        else:
+            yield part or ""
+
+
+def _runs_on(prompt: str, response: str) -> bool:
+    return bool(prompt) and not prompt[-1].isspace() and not response[0].isspace()

@@ -102,12 +102,9 @@ def padded_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.where(mask, offset[:, None] + column, 0)
     rows = index if batch.key_index is None else batch.key_index[index]
 
-    responses = batch.length.flatten()
-    row_of_response = torch.cumsum(responses > 0, 0) - 1
-    first_token = torch.cumsum(responses, 0) - responses
-    row = row_of_response[batch.owner]
-    rank = torch.arange(len(batch.owner), device=row.device) - first_token[batch.owner]
-    source = row * batch.max_key + length[row] - responses[batch.owner] + rank - 1
+    # A token's position in its sequence is its column.
+    row_of_response = torch.cumsum(batch.length.flatten() > 0, 0) - 1
+    source = row_of_response[batch.owner] * batch.max_key + batch.position_ids[batch.source]
     return torch.where(mask, rows, 0), mask.long(), source
 
 

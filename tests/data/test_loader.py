@@ -15,7 +15,7 @@ from dpo_lightning.errors import UsageError
 def loader(num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, **kwargs):
     ranks = {name: kwargs.pop(name) for name in ("rank", "world_size") if name in kwargs}
     examples = [TokenizedExample([1], [[2], [3, 4]], row) for row in range(num)]
-    sampler = GlobalBatchSampler(num, batch_size, shuffle=shuffle, seed=seed, **ranks)
+    sampler = GlobalBatchSampler([(num, num)], batch_size, shuffle=shuffle, seed=seed, **ranks)
     return ResumableLoader(examples, sampler, num_workers=num_workers, **kwargs)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import dpo_lightning.cli
 from dpo_lightning.callbacks import LogSamples
-from dpo_lightning.data.sources import Files
+from dpo_lightning.data.files import Files
 from dpo_lightning.quickstart.grammar import is_held_out, sentiment
 
 ROOT = Path(__file__).parents[2]

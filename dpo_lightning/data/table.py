@@ -1,0 +1,288 @@
+"""Tokens of a source on disk: made once by all processes together, found again as long as nothing changes them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
+from dpo_lightning.data.formats import Format
+from dpo_lightning.data.reading import Reading, begin
+from dpo_lightning.data.report import DataReport
+from dpo_lightning.data.sources import Source
+from dpo_lightning.data.tokenize import Notes, Tokenization
+from dpo_lightning.recipes import to_plain
+
+CHUNK = 1_000
+SETTINGS = ("max_length", "max_prompt_length", "truncation", "truncation_side", "num_responses")
+WRITTEN = pa.schema({"row": pa.int64(), "reason": pa.string(), "detail": pa.string(), "example": pa.string()})
+IDS = List(Value("int32"))
+TOKENS = Features(
+    {
+        **{"row": Value("int64"), "reason": Value("string"), "detail": Value("string")},
+        **{"prompt_ids": IDS, "response_ids": List(IDS), "scored": List(List(Value("bool")))},
+        **{name: Value("int32") for name in Notes._fields},
+        **{"digest": Value("int64"), "prompt_digest": Value("int64")},
+    }
+)
+
+
+@dataclass
+class TokenTable:
+    """Tokens of a source, and the rows that have none with the reason why.
+
+    Attributes:
+        tokens: One row an example, dropped ones included, with the columns of ``TOKENS``.
+        format: How the rows were read, in words.
+        unread: Columns that were not read.
+        rows: Number of rows of the source.
+        cached: Whether the tokens were there already.
+        seconds: What making or finding them took.
+    """
+
+    tokens: Dataset
+    format: str
+    unread: list[str]
+    rows: int
+    cached: bool
+    seconds: float
+
+    def kept(self) -> Examples:
+        """The examples that are used."""
+        reasons = self.tokens.select_columns("reason").with_format("arrow")[:]["reason"]
+        return Examples(self.tokens.select(np.flatnonzero(pc.equal(reasons, "").to_numpy())))
+
+    def report(self, split: str, source: str, batch_size: int) -> DataReport:
+        """What became of the rows.
+
+        Args:
+            split: What they are for.
+            source: What messages call their source.
+            batch_size: Examples in a batch, for the cost of padding.
+        """
+        origin = "tokens found in the cache" if self.cached else f"tokenised in {self.seconds:.1f} s"
+        report = DataReport(split, source, self.format, self.unread, batch_size, rows=self.rows, origin=origin)
+        report.count(self.tokens.with_format("arrow")[:])
+        digests = self.kept().column("digest")
+        report.duplicates = len(digests) - len(np.unique(digests))
+        return report
+
+
+class Examples(Sequence[TokenizedExample]):
+    """Tokenised examples that stay on disk until they are asked for.
+
+    Args:
+        tokens: Rows with the columns of ``TOKENS``.
+    """
+
+    def __init__(self, tokens: Dataset) -> None:
+        self.tokens = tokens
+        self._ids = tokens.select_columns(list(TokenizedExample._fields))
+
+    @staticmethod
+    def joined(parts: Sequence[Examples]) -> Examples:
+        """Several behind each other."""
+        return Examples(datasets.concatenate_datasets([part.tokens for part in parts]))
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | Sequence[TokenizedExample]:
+        """An example, or several."""
+        if isinstance(index, slice):
+            return self.__getitems__(list(range(*index.indices(len(self)))))
+        return TokenizedExample(**self._ids[index])
+
+    def __getitems__(self, indices: list[int]) -> list[TokenizedExample]:
+        """Several examples, as a DataLoader asks for a batch."""
+        columns = self._ids[indices]
+        return [TokenizedExample(*values) for values in zip(*map(columns.get, TokenizedExample._fields), strict=True)]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers."""
+        return self.tokens.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+    def prompts(self) -> np.ndarray:
+        """What tells the prompt of each example from others."""
+        return self.column("prompt_digest")
+
+    def select(self, indices: Sequence[int]) -> Examples:
+        """Some of the examples."""
+        return Examples(self.tokens.select(indices))
+
+
+def tokenize(
+    source: Source, shape: Format | None, tokenization: Tokenization, *, cache: bool = True, num_proc: int | None = None
+) -> TokenTable:
+    """Tokens of a source, from the cache if they are there.
+
+    Args:
+        source: Where its rows come from.
+        shape: What their columns mean; found from the first rows where None.
+        tokenization: How they become tokens.
+        cache: Whether to look for tokens that were made before, and to keep those that are made.
+        num_proc: Processes that tokenise.
+
+    Raises:
+        UsageError: If the source cannot be read or its shape cannot be told.
+    """
+    start = time.perf_counter()
+    key = _key(source, shape, tokenization) if cache else None
+    if key is None:
+        temporary = tempfile.TemporaryDirectory(prefix="dpo_lightning_")
+        _write(Path(temporary.name), source, shape, tokenization, num_proc)
+        table = _load(Path(temporary.name), False, start)
+        table.tokens._folder = temporary  # it lives as long as what it holds
+        return table
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / key
+    cached = folder.is_dir()
+    if not cached:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        try:
+            _write(unfinished, source, shape, tokenization, num_proc)
+            if not folder.is_dir():  # another process may have been faster
+                os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return _load(folder, cached, start)
+
+
+def tokenize_batch(batch: Mapping[str, list[Any]], tokenization: Tokenization) -> dict[str, list[Any]]:
+    """Columns ``TOKENS`` for columns ``WRITTEN``: those that hold an example get tokens or a reason."""
+    examples = [_decoded(text, row) for text, row in zip(batch["example"], batch["row"], strict=True) if text]
+    results = tokenization(examples)
+    rows = []
+    for row, reason, detail, text in zip(*(batch[name] for name in WRITTEN.names), strict=True):
+        result = next(results) if text else UnusableRow(reason, detail)
+        rows.append(record(row, result))
+    return {name: [row[name] for row in rows] for name in TOKENS}
+
+
+def records_table(records: list[dict[str, Any]]) -> pa.Table:
+    """Records as the rows of a token table."""
+    return pa.Table.from_pylist(records, TOKENS.arrow_schema)
+
+
+def record(row: int, result: tuple[TokenizedExample, Notes] | UnusableRow) -> dict[str, Any]:
+    """A row of a token table: an example and what happened to it, or why there is none."""
+    blank: dict[str, Any] = dict.fromkeys(TOKENS) | {"row": row, "reason": "", "detail": ""}
+    if isinstance(result, UnusableRow):
+        return blank | {"reason": result.reason, "detail": result.detail}
+    example, notes = result
+    prompt = array("i", example.prompt_ids).tobytes()
+    whole = hashlib.blake2b(prompt, digest_size=8)
+    for response in example.response_ids:
+        whole.update(b"|" + array("i", response).tobytes())
+    digests = {"digest": whole.digest(), "prompt_digest": hashlib.blake2b(prompt, digest_size=8).digest()}
+    if len(example.prompt_ids) == 1:  # a begin token is no prompt that several examples share
+        digests["prompt_digest"] = digests["digest"]
+    numbers = {name: int.from_bytes(value, "little", signed=True) for name, value in digests.items()}
+    return blank | example._asdict() | {"row": row} | notes._asdict() | numbers
+
+
+def _write(
+    folder: Path, source: Source, shape: Format | None, tokenization: Tokenization, num_proc: int | None
+) -> None:
+    reading = begin(source.numbered(), shape, str(source))
+    numbers: set[int] = set()
+    with pa.OSFile(str(folder / "examples.arrow"), "wb") as file, pa.ipc.new_stream(file, WRITTEN) as writer:
+        records = _records(reading, numbers)
+        while chunk := list(islice(records, CHUNK)):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, WRITTEN))
+    Dataset.from_file(str(folder / "examples.arrow")).map(
+        tokenize_batch,
+        batched=True,
+        batch_size=CHUNK,
+        fn_kwargs={"tokenization": tokenization},
+        remove_columns=WRITTEN.names,
+        features=TOKENS,
+        num_proc=num_proc,
+        cache_file_name=str(folder / "tokens.arrow"),
+        new_fingerprint=folder.name.replace(".", "_"),
+        desc=f"Tokenising {source}",
+    )
+    (folder / "examples.arrow").unlink()
+    about = {"format": str(reading.format), "unread": reading.unread, "rows": len(numbers)}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def _records(reading: Reading, numbers: set[int]) -> Iterator[dict[str, Any]]:
+    for number, items in reading.examples():
+        numbers.add(number)
+        for item in items:
+            if isinstance(item, UnusableRow):
+                yield {"row": number, "reason": item.reason, "detail": item.detail, "example": ""}
+            else:
+                yield {"row": number, "reason": "", "detail": "", "example": _encoded(item)}
+
+
+def _encoded(example: PreferenceExample) -> str:
+    return json.dumps([example.prompt, example.responses, example.tools], ensure_ascii=False, default=str)
+
+
+def _decoded(text: str, row: int) -> PreferenceExample:
+    prompt, responses, tools = json.loads(text)
+    return PreferenceExample(prompt, tuple(responses), row, tools)
+
+
+def _load(folder: Path, cached: bool, start: float) -> TokenTable:
+    files = sorted(folder.glob("tokens*.arrow"))
+    tokens = datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    about = json.loads((folder / "about.json").read_text())
+    return TokenTable(tokens, **about, cached=cached, seconds=time.perf_counter() - start)
+
+
+def _key(source: Source, shape: Format | None, tokenization: Tokenization) -> str | None:
+    """Changes with everything that tokens depend on, and with nothing else; None where that cannot be told."""
+    fingerprint = source.fingerprint()
+    if fingerprint is None:
+        return None
+    settings = {name: value for name, value in vars(tokenization).items() if name in SETTINGS}
+    chat = {"template": tokenization.chat.source(tokenization.tokenizer), "variables": tokenization.chat.variables}
+    code = [*Path(__file__).parent.glob("*.py"), *([] if shape is None else [Path(inspect.getfile(type(shape)))])]
+    parts = {
+        "source": fingerprint,
+        "format": to_plain(shape),
+        "settings": settings,
+        "chat": {**chat, "texts": tokenization.chat.texts},
+        "tokenizer": _digest_of_tokenizer(tokenization.tokenizer),
+        "code": sorted(hashlib.blake2b(path.read_bytes()).hexdigest() for path in code),
+        "versions": [version(package) for package in ("transformers", "tokenizers", "jinja2")],
+    }
+    try:
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    except TypeError:  # a format or a template variable that is not plain data
+        return None
+
+
+def _digest_of_tokenizer(tokenizer: Tokenizer) -> list[str]:
+    """Hashes of the files that it would be saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return [hashlib.blake2b(path.read_bytes()).hexdigest() for path in files]
