@@ -31,6 +31,8 @@ class PreferenceBatch(NamedTuple):
         row: Number of each example in its data source, for messages, int64, shape ``(B,)``.
         max_query: Most queries in a sequence, kept on the host so that no kernel has to ask the device.
         max_key: Most tokens in a sequence, prefix included.
+        digest: A number that changes with the tokens of an example and with which of them are scored, int64, shape
+            ``(B,)``; None where nobody needs it.
     """
 
     input_ids: Tensor
@@ -44,6 +46,7 @@ class PreferenceBatch(NamedTuple):
     row: Tensor
     max_query: int
     max_key: int
+    digest: Tensor | None = None
 
 
 class Logps(NamedTuple):
@@ -52,10 +55,20 @@ class Logps(NamedTuple):
     Attributes:
         total: Summed over the tokens of a response, in nats, shape ``(B, K)``.
         length: Number of scored tokens in a response, 0 where it is absent, shape ``(B, K)``.
+        token: Of every scored token, response by response, shape ``(N,)``.
+        owner: The response that a token belongs to, ``example * K + response``, ascending, int64, shape ``(N,)``.
+        collision: Log-probability that two draws from the distribution of a token's position agree, without
+            gradient; for losses that ask for it, shape ``(N,)``.
+        kl: KL divergence of the policy's distribution at a token's position from the reference's, in nats; for
+            losses that ask for it, shape ``(N,)``.
     """
 
     total: Tensor
     length: Tensor
+    token: Tensor | None = None
+    owner: Tensor | None = None
+    collision: Tensor | None = None
+    kl: Tensor | None = None
 
 
 def lay_out(

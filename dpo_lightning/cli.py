@@ -19,6 +19,7 @@ from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.explain import explain
+from dpo_lightning.inspection import InspectingTrainer
 from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references import Reference
@@ -59,8 +60,15 @@ class DPOLightningCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """What YAML and flags say holds; a checkpoint's hyperparameters do not override it in silence."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of LightningCLI, and ``inspect``."""
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a readable progress bar unless another is asked for."""
+        if self.subcommand == "inspect":  # on a machine that may lack what the config trains on
+            return InspectingTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         config = self._get(self.config_init, "trainer")
         callbacks: list[Callback] = list(config["callbacks"] or [])
         shown = config["enable_progress_bar"] is not False
@@ -106,6 +114,7 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
         load_from_checkpoint_support=False,  # modules record their own hyperparameters, as plain data
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        trainer_class=InspectingTrainer,
         trainer_defaults={"inference_mode": False},
         parser_class=Parser,
         parser_kwargs={
@@ -128,6 +137,7 @@ def main() -> None:
     # The reference is in evaluation mode on purpose; the other is Lightning's own use of torch.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    sys.path.append("")  # a user's own classes lie in the folder that the command is started from
     try:
         run()
     except Exception as error:

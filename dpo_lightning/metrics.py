@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -15,22 +18,37 @@ class PreferenceMetrics(Metric):
     Chosen is the best response, rejected the mean over the others. The accuracy of an example is the share of its
     pairs that the rewards order rightly; a tie counts one half. An example without a second response counts for what
     is said of chosen alone, and for the loss.
+
+    Args:
+        part_names: Parts of the loss that are followed one by one.
     """
 
     full_state_update = False
-    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-             "logps/chosen", "logps/rejected")  # fmt: skip
 
     sums: Tensor
     counts: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, part_names: Sequence[str] = ()) -> None:
         super().__init__()
+        self.part_names = tuple(part_names)
+        self.names = (
+            *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+            *("logps/chosen", "logps/rejected", *(f"loss/{name}" for name in self.part_names)),
+        )
         self.add_state("sums", torch.zeros(len(self.names)), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(self.names)), dist_reduce_fx="sum")
 
-    def update(self, loss: Tensor, rewards: Tensor, policy: Logps) -> None:
-        """Add a batch: losses (B,), rewards (B, K) and the policy's log-probabilities (B, K)."""
+    def update(
+        self, loss: Tensor, rewards: Tensor, policy: Logps, parts: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Losses, shape ``(B,)``.
+            rewards: Implicit rewards, shape ``(B, K)``.
+            policy: The policy's log-probabilities, shape ``(B, K)``.
+            parts: What the loss is made of, by name, shape ``(B,)`` each; the same names in every batch.
+        """
         others = policy.length[:, 1:] > 0
         every, paired = torch.ones_like(loss, dtype=torch.bool), others.any(1)
         rejected_rewards = _mean(rewards[:, 1:], others)
@@ -42,6 +60,7 @@ class PreferenceMetrics(Metric):
             (rewards[:, 0] - rejected_rewards, paired),
             (policy.total[:, 0], every),
             (_mean(policy.total[:, 1:], others), paired),
+            *((parts[name], every) for name in self.part_names),
         )
         # `.float()`: under precision bf16-true the Trainer casts these sums with the rest.
         self.sums = self.sums.float() + torch.stack(

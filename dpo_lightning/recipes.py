@@ -17,11 +17,12 @@ T = TypeVar("T")
 
 
 def to_plain(recipe: Any) -> Any:
-    """A dataclass as ``{"class_path": ..., "init_args": ...}``, nested ones too; plain values as they are."""
+    """A dataclass as ``{"class_path": ..., "init_args": ...}``, those inside of it too; plain values as they are."""
     if dataclasses.is_dataclass(recipe) and not isinstance(recipe, type):
         fields = {field.name: to_plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
-        cls = type(recipe)
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": fields}
+        return {"class_path": _public_path(type(recipe)), "init_args": fields}
+    if isinstance(recipe, (list, tuple)):
+        return [to_plain(item) for item in recipe]
     return recipe
 
 
@@ -56,7 +57,16 @@ def _build(plain: dict[str, Any], base: type[T]) -> T:
     return cls(**{key: _nested(item) for key, item in plain.get("init_args", {}).items()})
 
 
+def _public_path(cls: type) -> str:
+    """Where users import a class from: the package around its module, where that offers it. Files may then move."""
+    package = cls.__module__.rpartition(".")[0]
+    is_public = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
+    return f"{package if is_public else cls.__module__}.{cls.__qualname__}"
+
+
 def _nested(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nested(item) for item in value]
     if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
         return _build(value, object)
     return value

@@ -16,6 +16,11 @@ SENTENCES = [
     "Human: what did you think of it? Assistant: I would watch it again, gladly!",
 ]
 BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 # Every constant that a family has between hidden states and logits is given a value at which it matters.
 FAMILIES = {
@@ -87,9 +92,10 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny random Llama and a byte-level tokenizer that puts a begin token before a text."""
+    """Folder of a tiny random Llama and a byte-level tokenizer that puts a begin token before a text; it can chat."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

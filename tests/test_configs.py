@@ -1,6 +1,8 @@
 """Every config is run on tiny models and rows; every key that is not replaced is found again on what was built."""
 
+import dataclasses
 import gzip
+import inspect
 import json
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_lightning.cli
+import dpo_lightning.losses
+from dpo_lightning.losses import Weighted
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs/losses").glob("*.yaml"))  # each over the quickstart
 # Paths, data, lengths, devices and the number of steps: all that a test may replace.
 REPLACED = {
     "model.policy.path",
@@ -38,6 +43,12 @@ def write_rows(folder, config):
     if shape == "Transcripts":
         talk = "\n\nHuman: how is it?\n\nAssistant:"
         rows = [{"chosen": f"{talk} {ends[2 * i]}", "rejected": f"{talk} {ends[2 * i + 1]}"} for i in range(count)]
+    elif "ultrafeedback" in str(config["data"]["init_args"]["train"]):
+        rows = []
+        for place, answers in enumerate(zip(ends[::2], ends[1::2], strict=True)):
+            asked = {"role": "user", "content": f"how is film {place}?"}
+            chosen, rejected = ([asked, {"role": "assistant", "content": answer}] for answer in answers)
+            rows.append({"prompt": asked["content"], "chosen": chosen, "rejected": rejected})
     elif config["model"]["class_path"] == "SFTModule":
         rows = [{"text": end} for end in ends[:count]]
     else:
@@ -53,9 +64,9 @@ def write_rows(folder, config):
 def adapted(config, folder, model):
     data = write_rows(folder, config)
     config["model"]["init_args"]["policy"]["path"] = model
-    config["data"]["init_args"].update(train=data, val=data, max_length=48)
+    config["data"]["init_args"].update(train=data, val=data, max_length=64)
     if "max_prompt_length" in config["data"]["init_args"]:
-        config["data"]["init_args"]["max_prompt_length"] = 24
+        config["data"]["init_args"]["max_prompt_length"] = 40
     config["trainer"].update(max_epochs=1, accelerator="cpu", default_root_dir=str(folder))
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
     for callback in config["trainer"]["callbacks"]:
@@ -138,6 +149,43 @@ def test_every_config_runs_and_every_key_arrives(path, tiny_llama, tmp_path, mon
     assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())
 
 
+def stated(value):
+    """A loss as YAML states it, with every constant."""
+    if isinstance(value, (list, tuple)):
+        return [stated(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: stated(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return fields if isinstance(value, Weighted) else {"class_path": type(value).__name__, "init_args": fields}
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_every_loss_runs_over_the_quickstart_and_every_constant_arrives(path, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    overlay = yaml.safe_load(path.read_text())
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    config["data"]["init_args"]["batch_size"] = 4  # 12 rows, so three steps
+    config["trainer"]["callbacks"] = []
+    adapted(config, tmp_path, tiny_llama)
+    config["trainer"].update(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    cli = dpo_lightning.cli.run(["fit", "--config", "config.yaml", "--config", str(path)])
+    assert cli.trainer.global_step == 3
+    assert overlay == {"model": {"init_args": {"loss": stated(cli.model.loss)}}}
+    metrics = cli.trainer.callback_metrics
+    assert metrics["train/loss"].isfinite()
+    assert metrics["val/loss"].isfinite()
+    assert all(f"val/loss/{name}" in metrics for name in cli.model.loss.part_names)
+
+
+def test_every_loss_has_an_overlay():
+    offered = {name for name in dpo_lightning.losses.__all__ if name.endswith("Loss")}
+    concrete = {name for name in offered if not inspect.isabstract(getattr(dpo_lightning.losses, name))}
+    texts = [path.read_text() for path in OVERLAYS]
+    assert all(any(f"class_path: {name}" in text for text in texts) for name in concrete)
+
+
 def test_the_quickstart_reads_what_the_package_brings():
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     values = dict(flat(config))
@@ -150,6 +198,10 @@ def test_the_first_line_of_a_config_is_its_command():
         first = path.read_text().splitlines()[0]
         assert first.startswith("# ")
         assert f"configs/{path.name}" in first or "python -m" in first
+    for path in OVERLAYS:
+        command = f"dpo-lightning fit --config configs/quickstart.yaml --config configs/losses/{path.name}"
+        assert path.read_text().splitlines()[0].startswith("# ")
+        assert path.read_text().splitlines()[0].endswith(f":  {command}")
 
 
 def test_the_hh_config_has_the_papers_settings():

@@ -34,7 +34,7 @@ def metric_of(*parts, over=slice(None)):
     metric = PreferenceMetrics()
     loss, rewards, policy = observations()
     for part in parts or (over,):
-        metric.update(loss[part], rewards[part], Logps(*(values[part] for values in policy)))
+        metric.update(loss[part], rewards[part], Logps(policy.total[part], policy.length[part]))
     return metric
 
 

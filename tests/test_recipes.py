@@ -15,14 +15,38 @@ import dpo_lightning
 from dpo_lightning import losses, references
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import (
+    AOTLoss,
+    AOTUnpairedLoss,
+    APODownLoss,
+    APOZeroLoss,
+    BCOPairLoss,
+    CPOLoss,
+    DiscoPOPLoss,
     DPOLoss,
+    DPOPositiveLoss,
+    EXOPairLoss,
+    FDPOLoss,
     HingeLoss,
     IPOLoss,
+    LDDPOLoss,
+    LengthNormalizedDPOLoss,
+    MixedLoss,
+    NCAPairLoss,
+    NLLLoss,
+    ORPOLoss,
     PlackettLuceLoss,
     PreferenceLoss,
+    RDPOLoss,
     RobustDPOLoss,
     SimPOLoss,
+    SoftmaxDPOLoss,
+    SPPOHardLoss,
+    TDPO1Loss,
+    TDPO2Loss,
+    Weighted,
+    WPOLoss,
 )
+from dpo_lightning.models import spec
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.recipes import from_plain, to_plain
 from dpo_lightning.references import FrozenCopy, Reference
@@ -35,6 +59,36 @@ RECIPES = [
     (HingeLoss(beta=0.3), PreferenceLoss),
     (SimPOLoss(beta=2.5, gamma=0.5), PreferenceLoss),
     (PlackettLuceLoss(beta=0.3), PreferenceLoss),
+    (SoftmaxDPOLoss(beta=0.3), PreferenceLoss),
+    (LengthNormalizedDPOLoss(beta=0.3, label_smoothing=0.2), PreferenceLoss),
+    (RDPOLoss(beta=0.3, label_smoothing=0.2, alpha=0.5), PreferenceLoss),
+    (LDDPOLoss(beta=0.3, label_smoothing=0.2, ld_alpha=0.3), PreferenceLoss),
+    (EXOPairLoss(beta=0.3, label_smoothing=0.2), PreferenceLoss),
+    (DiscoPOPLoss(beta=0.3, tau=0.3), PreferenceLoss),
+    (FDPOLoss(beta=0.3, divergence="alpha", alpha=0.3), PreferenceLoss),
+    (NCAPairLoss(beta=0.3), PreferenceLoss),
+    (BCOPairLoss(beta=0.3), PreferenceLoss),
+    (SPPOHardLoss(beta=0.3), PreferenceLoss),
+    (APOZeroLoss(beta=0.3), PreferenceLoss),
+    (APODownLoss(beta=0.3), PreferenceLoss),
+    (DPOPositiveLoss(beta=0.2, lambda_=5.0), PreferenceLoss),
+    (AOTLoss(beta=0.3, label_smoothing=0.2), PreferenceLoss),
+    (AOTUnpairedLoss(beta=0.3, label_smoothing=0.2), PreferenceLoss),
+    (WPOLoss(beta=0.3, label_smoothing=0.2, max_weight=1.0), PreferenceLoss),
+    (TDPO1Loss(beta=0.3), PreferenceLoss),
+    (TDPO2Loss(beta=0.3, alpha=0.3), PreferenceLoss),
+    (ORPOLoss(lambda_=0.3), PreferenceLoss),
+    (CPOLoss(beta=0.3, alpha=0.3, length_normalized=False), PreferenceLoss),
+    (NLLLoss(length_normalized=False), PreferenceLoss),
+    (
+        MixedLoss(
+            losses=[
+                Weighted(loss=DPOLoss(beta=0.3), weight=0.8),
+                Weighted(loss=MixedLoss(losses=[Weighted(loss=NLLLoss(), weight=0.3)])),
+            ]
+        ),
+        PreferenceLoss,
+    ),
     (FrozenCopy(path="some/model", revision="v1"), Reference),
     (
         PolicySpec(
@@ -73,7 +127,7 @@ def plain(class_path: str, **init_args) -> dict:
 
 
 def concrete(module) -> set[type]:
-    classes = (cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__)
+    classes = (cls for _, cls in inspect.getmembers(module, inspect.isclass))
     return {cls for cls in classes if issubclass(cls, (PreferenceLoss, Reference)) and not inspect.isabstract(cls)}
 
 
@@ -87,7 +141,8 @@ def test_the_list_of_recipes_is_complete():
 @pytest.mark.parametrize(("recipe", "base"), RECIPES, ids=lambda value: getattr(value, "__name__", None))
 def test_a_recipe_comes_back(recipe, base, tmp_path):
     data = to_plain(recipe)
-    assert data["class_path"] == f"{type(recipe).__module__}.{type(recipe).__name__}"
+    public = [f"{module.__name__}.{type(recipe).__name__}" for module in (losses, references, spec)]
+    assert data["class_path"] in public  # where users import it from, wherever the file lies
     assert from_plain(json.loads(json.dumps(data)), base) == recipe
     torch.save(data, tmp_path / "hyperparameters")
     back = from_plain(torch.load(tmp_path / "hyperparameters", weights_only=True), base)
@@ -102,7 +157,8 @@ def test_a_recipe_is_handed_through(recipe, base):
 
 @pytest.mark.parametrize("value", [3, 0.1, "text", True, None, [1, 2]])
 def test_plain_values_stay_as_they_are(value):
-    assert to_plain(value) is value
+    assert to_plain(value) == value
+    assert type(to_plain(value)) is type(value)
 
 
 def test_arguments_alone_make_the_base():
@@ -190,6 +246,15 @@ def test_a_recipe_in_a_recipe_chooses_no_code_to_run(tmp_path):
     marker = tmp_path / "ran"
     data = to_plain(Foreign())
     data["init_args"]["reference"] = plain("subprocess.Popen", args=["touch", str(marker)])
+    with pytest.raises(UsageError, match=r"made with subprocess\.Popen, which is not an imported dataclass"):
+        from_plain(data, PreferenceLoss)
+    assert not marker.exists()
+
+
+def test_recipes_in_a_list_in_a_recipe_choose_no_code_to_run_either(tmp_path):
+    marker = tmp_path / "ran"
+    data = to_plain(MixedLoss(losses=[Weighted(loss=DPOLoss())]))
+    data["init_args"]["losses"][0]["init_args"]["loss"] = plain("subprocess.Popen", args=["touch", str(marker)])
     with pytest.raises(UsageError, match=r"made with subprocess\.Popen, which is not an imported dataclass"):
         from_plain(data, PreferenceLoss)
     assert not marker.exists()

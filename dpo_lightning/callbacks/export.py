@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import Callback, Trainer
 
@@ -14,10 +15,11 @@ class ExportHF(Callback):
 
     Args:
         dir: The folder; hf in the run's log folder unless given.
+        adapter: Of a policy with adapters write a whole model that has taken them up, or the adapters alone.
     """
 
-    def __init__(self, dir: str | None = None) -> None:
-        self.dir = dir
+    def __init__(self, dir: str | None = None, adapter: Literal["merge", "save"] = "merge") -> None:
+        self.dir, self.adapter = dir, adapter
         self.written: Path | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
@@ -27,6 +29,6 @@ class ExportHF(Callback):
         folder = Path(self.dir) if self.dir else Path(trainer.log_dir or trainer.default_root_dir) / "hf"
         if not trainer.is_global_zero:
             return
-        pl_module.policy.model.save_pretrained(folder)
+        pl_module.spec.save(pl_module.policy, folder, merge=self.adapter == "merge")
         pl_module.spec.load_tokenizer().save_pretrained(folder)
         self.written = folder

@@ -57,6 +57,19 @@ def optional_text(row: Row, column: str | None) -> str:
     return "" if column is None or row.get(column) is None else text(row, column)
 
 
+def turns_in(row: Row, column: str | None) -> list[Message]:
+    """Earlier turns of a dialogue as messages, from messages or from ``[question, answer]`` each."""
+    value, where = None if column is None else row.get(column), f"column {column!r}"
+    if value is None or (isinstance(value, (list, str)) and not value):
+        return []
+    if is_messages(value):
+        return as_messages(value, where)
+    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        raise wrong_type(where, "a list of turns, each [question, answer]", value)
+    said = [zip(("user", "assistant"), turn, strict=True) for turn in value]
+    return [{"role": role, "content": as_text(words, where)} for turn in said for role, words in turn]
+
+
 def is_messages(value: Any) -> bool:
     """Whether a value looks like a message or a list of them."""
     first = value[0] if isinstance(value, list) and value else value
@@ -76,18 +89,20 @@ def as_messages(value: Any, where: str) -> list[Message]:
 
 def tools_in(row: Row, column: str | None) -> list[Any] | None:
     """Descriptions of tools: a list of them, or one written as JSON."""
-    value = None if column is None else row.get(column)
-    if isinstance(value, str) and value.strip():
+    value, where = None if column is None else row.get(column), f"column {column!r}"
+    if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise UnusableRow(WRONG_TYPE, f"column {column!r} must be a list of tools as JSON: {error}.") from None
-    if not value:
+            raise UnusableRow(
+                WRONG_TYPE, f"{where} must be a list of tools, or one as JSON: {error}. Mend the row."
+            ) from None
+    if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise wrong_type(f"column {column!r}", "a list of objects that describe tools", value)
-    tools: list[Any] = _without_nulls(value, f"column {column!r}")
-    return tools
+        raise wrong_type(where, "a list of objects that describe tools", value)
+    tools: list[Any] = _without_nulls(value, where)
+    return tools or None
 
 
 def wrong_type(where: str, expected: str, value: Any) -> UnusableRow:
@@ -133,7 +148,8 @@ def _text_of_part(part: Any, where: str) -> str:
 
 def _without_nulls(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item, where) for key, item in value.items() if item is not None}
+        items = [(as_text(key, f"{where}, a key,"), item) for key, item in value.items()]
+        return {key: _without_nulls(item, where) for key, item in items if item is not None}
     if isinstance(value, (list, tuple)):
         return [_without_nulls(item, where) for item in value]
     return as_text(value, where) if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from dpo_lightning.data.dialogue import answered
 from dpo_lightning.data.example import Message, PreferenceExample, UnusableRow
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 
 REFUSED = "the chat template refuses the messages"
 RENDERED_ANEW = "the chat template renders a prompt differently when an answer follows"
+OWN = "package:data/templates/transcript.jinja and package:data/templates/alpaca.jinja"
 
 
 class Segment(NamedTuple):
@@ -60,15 +63,26 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)
     texts: bool = False
 
-    def source(self, tokenizer: Tokenizer) -> str | None:
-        """The template itself, if there is one."""
+    def __post_init__(self) -> None:
+        given = {"messages", *inspect.signature(Tokenizer.apply_chat_template).parameters} - {"documents"}
+        if taken := sorted(given & set(self.variables)):
+            raise UsageError(
+                f"`data.init_args.chat.variables` cannot set {', '.join(taken)}: no variable of the template's own has "
+                "such a name; leave it out."
+            )
+
+    def source(self, tokenizer: Tokenizer) -> str | dict[str, str] | None:
+        """The template itself, if there is one; a tokenizer may have several by name."""
         if self.template is None:
             return tokenizer.chat_template
         path = Path(resolve(self.template)).expanduser()
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"`data.init_args.chat.template`: cannot read {self.template}: {error}") from error
+            raise UsageError(
+                f"`data.init_args.chat.template`: cannot read {self.template}: {error}. Give the path of a file with a "
+                f"Jinja template in UTF-8; the package has {OWN}."
+            ) from error
 
 
 class Renderer:
@@ -91,8 +105,7 @@ class Renderer:
         """
         prompt, responses = example.prompt, example.responses
         if self.chat.texts and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-            responses = tuple([{"role": "assistant", "content": response}] for response in responses)
+            prompt, responses = answered([{"role": "user", "content": prompt}], responses)[:2]
         if not isinstance(prompt, list):
             texts = tuple((Segment(str(response), True),) for response in responses)
             return RenderedExample(prompt, texts, templated=False)
@@ -114,27 +127,29 @@ class Renderer:
                 written += pieces[-1].text
             pieces.append(Segment(_added(written, self._render([*history, message], False, tools)), True))
             written += pieces[-1].text
-        return tuple(piece for piece in pieces if piece.text or piece.scored)
+        return tuple(pieces)
 
     def _render(self, messages: list[Message], asks: bool, tools: list[Any] | None) -> str:
         if self.template is None:
             raise UsageError(
                 "The rows hold messages, and the tokenizer has no chat template. Give one by `data.init_args.chat: "
-                "{template: FILE}`; for models that know none there are package:data/templates/transcript.jinja and "
-                "package:data/templates/alpaca.jinja."
+                f"{{template: FILE}}`; for models that know none there are {OWN}."
             )
         try:
             text: str = self.tokenizer.apply_chat_template(  # type: ignore[assignment]
                 messages,
                 tools=tools,
-                chat_template=self.template,
+                chat_template=self.template if isinstance(self.template, str) else None,  # or one by name
                 add_generation_prompt=asks,
                 tokenize=False,
                 **self.chat.variables,
             )
         except TemplateSyntaxError as error:
-            raise UsageError(f"The chat template is no Jinja template: line {error.lineno}: {error.message}") from error
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"The chat template {self.chat.template or 'of the tokenizer'} is no Jinja template: line "
+                f"{error.lineno}: {error.message}. Mend it, or give another by `data.init_args.chat.template`."
+            ) from error
+        except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnusableRow(REFUSED, f"{error}. Mend the row, or give another template.") from error
         return text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.data.chat import Chat
+from dpo_lightning.data.collate import collate
+from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
 from dpo_lightning.data.mixture import Mixture, Part, as_parts, shares
@@ -22,7 +25,7 @@ from dpo_lightning.data.reading import begin
 from dpo_lightning.data.report import DataReport
 from dpo_lightning.data.sources import Row, Source
 from dpo_lightning.data.splits import held_out, shared_prompts
-from dpo_lightning.data.stream import ShuffledStream, StreamLoader
+from dpo_lightning.data.stream import ShuffledStream, StreamLoader, first_examples
 from dpo_lightning.data.table import Examples, TokenTable, tokenize
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
@@ -116,6 +119,7 @@ class PreferenceDataModule(LightningDataModule):
         self.reports: list[DataReport] = []
         self.seed: int | None = None
         self._prepared: dict[tuple[str, int], TokenTable] = {}
+        self._loaders: list[ResumableLoader] = []
         if val is None and not val_fraction:
             # Without validation data this method is not defined, and the Trainer leaves validation out.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -129,7 +133,8 @@ class PreferenceDataModule(LightningDataModule):
         """Tokenise what is to be used, in one process a machine; the others find it in the cache."""
         if self.cache and self.trainer is not None:
             for split in self._needed(self.trainer.state.fn.value):  # type: ignore[union-attr]
-                for place, part in enumerate(self.sources[split]):
+                taken_up = self._streams(split) or split in self.sizes
+                for place, part in enumerate(() if taken_up else self.sources[split]):
                     self._prepared[split, place] = self._tokenize(part)
 
     def setup(self, stage: str) -> None:
@@ -137,23 +142,60 @@ class PreferenceDataModule(LightningDataModule):
         stage = getattr(stage, "value", stage)  # the Trainer hands in an enum
         needed = [split for split in self._needed(stage) if split not in self.sizes]
         for split in needed:
-            if split == "train" and self.stream_buffer is not None:
+            if self._streams(split):
                 self._begin_stream()
             else:
                 self._read(split)
             if split == "train" and self.val_fraction:
                 self._hold_out()
-        if {"train", "val"} <= set(self.examples) and "val" in needed and not self.val_fraction:
+        if {"train", "val"} <= set(self.examples) and {"train", "val"} & set(needed) and not self.val_fraction:
             self._look_for_leaks()
         if needed and self.trainer is not None:
             publish(self.reports, self.trainer)
 
     def teardown(self, stage: str) -> None:
-        """Say what a stream held, which is known at its end alone."""
+        """End the processes of loaders, and say what a stream held, which is known at its end alone."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
         if stage == "fit" and self.stream_buffer is not None and self.trainer is not None:
             for report in self.reports[: len(self.sources["train"])]:
                 rank_zero_info(str(report))
             publish(self.reports, self.trainer)
+
+    def digests(self) -> np.ndarray:
+        """What tells every example that was read from others, shape ``(N,)``."""
+        return np.concatenate([examples.column("digest") for examples in self.examples.values()])
+
+    def unscored(self, known: np.ndarray, rank: int, world_size: int) -> Iterator[PreferenceBatch]:
+        """A rank's share of the examples whose digests are not known, each once, longest first, in batches.
+
+        Args:
+            known: Digests.
+            rank: The rank.
+            world_size: Number of ranks.
+
+        Raises:
+            UsageError: If the training rows are a stream.
+        """
+        if self._streams("train"):
+            raise UsageError("The examples of a stream cannot be scored before training; give no `stream_buffer`.")
+        examples = Examples.joined(list(self.examples.values()))
+        _, first = np.unique(examples.column("digest"), return_index=True)
+        wanted = first[~np.isin(examples.column("digest")[first], known)]
+        longest_first = wanted[np.argsort(-examples.num_tokens()[wanted], kind="stable")][rank::world_size]
+        size = max(1, self.val_batch_size // world_size)
+        for start in range(0, len(longest_first), size):
+            yield collate(examples.__getitems__(longest_first[start : start + size].tolist()))
+
+    def inspect(self, num_examples: int) -> list[TokenizedExample]:
+        """Read all there is for a fit, or else a test, and take some examples, evenly spread; of a stream the first."""
+        self.setup(next((stage for stage in STAGES if STAGES[stage][0] in self.sources), "fit"))
+        if self._streams("train"):
+            return first_examples(self.sources["train"], self.tokenization, num_examples)
+        examples = next(iter(self.examples.values()))
+        places = np.linspace(0, len(examples) - 1, min(num_examples, len(examples))).round().astype(int)
+        return examples.__getitems__(places.tolist())
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled batches, in an order that the run's seed fixes."""
@@ -183,6 +225,9 @@ class PreferenceDataModule(LightningDataModule):
         """Keep the order of the run that is continued."""
         self.seed = state_dict["seed"]
 
+    def _streams(self, split: str) -> bool:
+        return split == "train" and split in self.sources and self.stream_buffer is not None
+
     def _needed(self, stage: str) -> list[str]:
         """Splits to be read for a stage."""
         if stage not in STAGES:
@@ -204,11 +249,8 @@ class PreferenceDataModule(LightningDataModule):
             report = table.report(split, str(part.source), self.batch_size)
             self.reports.append(report)
             rank_zero_info(str(report))
-            if self.strict and report.dropped:
-                raise UsageError(
-                    f"{part.source}, {report.first_drop()}\n{report.num_dropped:,} of {report.rows:,} rows cannot be "
-                    "used, and `data.init_args.strict` allows none."
-                )
+            if self.strict:
+                report.refuse_drops()
             if not report.kept:
                 raise UsageError(f"Of {part.source} no row is left to use.\n{report}")
             kept.append(table.kept())
@@ -225,6 +267,9 @@ class PreferenceDataModule(LightningDataModule):
         self.examples["train"] = examples.select(np.flatnonzero(~held).tolist())
         self.sizes["val"] = [(int(held.sum()), int(held.sum()))]
         left = [int((~part).sum()) for part in np.split(held, np.cumsum(sizes)[:-1])]
+        for part, size in zip(self.sources["train"], left, strict=True):
+            if part.weight is not None and not size:
+                raise UsageError(f"`val_fraction` leaves nothing of {part.source} to train on; give `val` instead.")
         taken = shares(left, [part.weight for part in self.sources["train"]])
         self.sizes["train"] = list(zip(left, taken, strict=True))
         rank_zero_info(f"  held out for validation {held.sum():,}, left for training {(~held).sum():,}")
@@ -286,7 +331,7 @@ class PreferenceDataModule(LightningDataModule):
                 f"The {sampler.num_examples} {split} examples make no batch that divides among {place.world_size} "
                 "devices; give more rows or use fewer devices."
             )
-        return ResumableLoader(
+        loader = ResumableLoader(
             self.examples[split],
             sampler,
             num_workers=self.num_workers,
@@ -294,11 +339,15 @@ class PreferenceDataModule(LightningDataModule):
             epoch=epoch,
             max_batches=limit if isinstance(limit, int) else int(limit * len(sampler)),
         )
+        self._loaders.append(loader)
+        return loader
 
     def _stream_loader(self) -> StreamLoader:
         assert self.stream_buffer is not None
         if self.trainer is None or self.trainer.max_steps < 1:
             raise UsageError("How long a stream is nobody knows: set `trainer.max_steps`.")
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise UsageError("A stream has no batches to overfit; leave out `data.init_args.stream_buffer`.")
         place = self._placed("train", self.batch_size)
         stream = ShuffledStream(
             self.sources["train"],
@@ -313,6 +362,7 @@ class PreferenceDataModule(LightningDataModule):
             stream,
             self.trainer.max_steps * self.trainer.accumulate_grad_batches,
             self.reports[: len(self.sources["train"])],
+            strict=self.strict,
             num_workers=self.num_workers,
             pin_memory=place.on_gpu,
         )

@@ -49,9 +49,11 @@ class TokenizedExample(NamedTuple):
         response_ids: At least one token each; the end token included where the response has one.
         row: Number of the row in its source.
         scored: Which response tokens are the assistant's; None where all are.
+        digest: A 64-bit number that changes with the tokens and with which of them are scored.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     row: int
     scored: list[list[bool]] | None = None
+    digest: int | None = None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dpo_lightning.data.cells import as_messages, cell, is_messages, optional_text, text, tools_in, wrong_type
-from dpo_lightning.data.dialogue import DIFFER_EARLIER, NOTHING_SHARED, answered, shared, word_ends
+from dpo_lightning.data.cells import as_messages, cell, is_messages, optional_text, text, tools_in, turns_in, wrong_type
+from dpo_lightning.data.dialogue import DIFFER_EARLIER, NOTHING_SHARED, Setting, answered, shared, word_ends
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.sources import Row
 from dpo_lightning.errors import UsageError
@@ -19,7 +18,7 @@ class Format(ABC):
 
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Columns that it reads, all of which every row must have."""
+        """Columns that it reads; a source has all of them, or has another shape."""
 
     @abstractmethod
     def read(self, row: Row) -> Sequence[PreferenceExample | UnusableRow]:
@@ -38,16 +37,20 @@ class Format(ABC):
 class Asked(Format):
     """A format whose prompts have a column of their own.
 
+    Where a system message, history or tools have a column, prompts and responses become messages in all rows.
+
     Args:
         prompt: Column of the prompt, as text or messages.
         context: Column of text that follows the prompt after a blank line, where it is not empty.
         system: Column of a system message.
+        history: Column of earlier turns, each [question, answer], or as messages.
         tools: Column of tools, for the chat template.
     """
 
     prompt: str = "prompt"
     context: str | None = None
     system: str | None = None
+    history: str | None = None
     tools: str | None = None
 
     @abstractmethod
@@ -56,20 +59,23 @@ class Asked(Format):
 
     def columns(self) -> tuple[str, ...]:
         """Those of the prompt and those of the responses."""
-        asked = (self.prompt, self.context, self.system, self.tools)
+        asked = (self.prompt, self.context, self.system, self.history, self.tools)
         return (*(column for column in asked if column is not None), *self.answers())
 
-    def example(self, row: Row, responses: Sequence[Any]) -> PreferenceExample:
-        """The row's prompt with some responses."""
-        prompt = cell(row, self.prompt)
-        if not isinstance(prompt, str) and not is_messages(prompt):
-            raise wrong_type(f"column {self.prompt!r}", "text or messages", prompt)
+    def example(self, row: Row, responses: Sequence[object], names: Sequence[str]) -> PreferenceExample:
+        """The row's prompt with some responses, and what messages call those."""
+        where, prompt = f"column {self.prompt!r}", cell(row, self.prompt)
         context = optional_text(row, self.context)
         if context.strip():
             if not isinstance(prompt, str):
-                raise wrong_type(f"column {self.prompt!r}", "text, since a context is to follow it", prompt)
-            prompt = f"{prompt}\n\n{context}"
-        return answered(prompt, responses, optional_text(row, self.system), tools_in(row, self.tools))
+                raise wrong_type(where, "text, since a context is to follow it", prompt)
+            prompt = "\n\n".join(part for part in (prompt, context) if part.strip())
+        return answered(prompt, responses, (where, *names), self._setting(row))
+
+    def _setting(self, row: Row) -> Setting | None:
+        if self.system is None and self.history is None and self.tools is None:
+            return None
+        return Setting(optional_text(row, self.system), turns_in(row, self.history), tools_in(row, self.tools))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +101,16 @@ class Pairs(Asked):
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One pair."""
-        sides = [cell(row, column) for column in self.answers()]
-        for column, side in zip(self.answers(), sides, strict=True):
-            if not isinstance(side, str) and not is_messages(side):
-                raise wrong_type(f"column {column!r}", "text or messages", side)
-        if self.repeated:
-            prompt = text(row, self.prompt)
-            if not all(isinstance(side, str) and side.startswith(prompt) for side in sides):
-                raise UnusableRow("the responses do not begin with the prompt", "`repeated` says that they do.")
-            sides = [side[len(prompt) :] for side in sides]
-        return [self.example(row, sides)]
+        sides, prompt = [cell(row, column) for column in self.answers()], cell(row, self.prompt)
+        if self.repeated and isinstance(prompt, str):
+            wholes = [text(row, column) for column in self.answers()]
+            if not all(whole.startswith(prompt) for whole in wholes):
+                raise UnusableRow(
+                    "the responses do not begin with the prompt",
+                    f"`repeated` says that columns {self.chosen!r} and {self.rejected!r} begin with {self.prompt!r}.",
+                )
+            sides = [whole[len(prompt) :] for whole in wholes]
+        return [self.example(row, sides, [f"column {column!r}" for column in self.answers()])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +148,15 @@ class Transcripts(Format):
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """Prompt and the two last answers."""
-        (prompt, chosen), (other, rejected) = (self._split(text(row, name)) for name in self.columns())
+        (prompt, chosen), (other, rejected) = (self._split(row, name) for name in self.columns())
         if prompt != other:
-            raise UnusableRow(DIFFER_EARLIER)
+            raise UnusableRow(DIFFER_EARLIER, f"up to the last {self.answer!r} both must be the same.")
         return [PreferenceExample(prompt, (chosen, rejected))]
 
-    def _split(self, dialogue: str) -> tuple[str, str]:
-        head, mark, answer = dialogue.rpartition(self.answer)
+    def _split(self, row: Row, column: str) -> tuple[str, str]:
+        head, mark, answer = text(row, column).rpartition(self.answer)
         if not mark:
-            raise UnusableRow(f"no {self.answer!r} in the dialogue")
+            raise UnusableRow(f"no {self.answer!r} in the dialogue", f"column {column!r} has none; see `answer`.")
         return head + mark, answer
 
 
@@ -177,11 +183,19 @@ class SharedPrompts(Format):
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One pair."""
-        sides = [cell(row, column) for column in (self.chosen, self.rejected)]
+        sides, tools = [cell(row, column) for column in (self.chosen, self.rejected)], tools_in(row, self.tools)
+        places = [f"column {column!r}" for column in (self.chosen, self.rejected)]
+        for place, side in zip(places, sides, strict=True):
+            if not isinstance(side, str) and not is_messages(side):
+                raise wrong_type(place, "text or messages", side)
         if all(isinstance(side, str) for side in sides):
+            if tools:
+                raise wrong_type(places[0], "messages, since there are tools", sides[0])
             texts = (text(row, self.chosen), text(row, self.rejected))
             if not any(texts[0][:place].strip() for place in word_ends(texts)):
-                raise UnusableRow(NOTHING_SHARED)
+                raise UnusableRow(
+                    NOTHING_SHARED, "both must begin with the prompt; where it has a column of its own use Pairs."
+                )
             return [PreferenceExample(None, texts)]
-        messages = [as_messages(cell(row, column), f"column {column!r}") for column in (self.chosen, self.rejected)]
-        return [shared(messages, tools_in(row, self.tools))]
+        messages = [(place, as_messages(side, place)) for place, side in zip(places, sides, strict=True)]
+        return [shared(messages, tools)]

@@ -120,6 +120,10 @@ class ResumableLoader:
             self._position += 1
             yield batch
 
+    def close(self) -> None:
+        """End the processes that collate; as garbage, in a cycle with a Trainer, each would be waited for 5 seconds."""
+        self.loader._iterator = None
+
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches handed out in it, and what fixes the order."""
         order = self.order
@@ -133,9 +137,9 @@ class ResumableLoader:
             UsageError: If the examples or the size of a batch are others than they were.
         """
         for name, what in (("num_examples", "training examples"), ("batch_size", "`data.init_args.batch_size`")):
-            if state[name] != getattr(self.order, name):
+            if state.get(name) != getattr(self.order, name):
                 raise UsageError(
-                    f"The checkpoint stands in the middle of an epoch with {what} {state[name]}, now {what} "
+                    f"The checkpoint stands in the middle of an epoch with {what} {state.get(name)}, now {what} "
                     f"{getattr(self.order, name)}: it cannot continue with the next batch. Use the same data and batch "
                     "size, or start anew from its weights."
                 )

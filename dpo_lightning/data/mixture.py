@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +27,6 @@ class Part:
     weight: float | None = None
     format: Format | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not self.weight > 0:
-            raise UsageError(f"`weight` must be positive, got {self.weight}; leave out the source instead.")
-
     def opened(self) -> Source:
         """The source, where only its path is given too."""
         return as_source(self.source)
@@ -48,17 +45,25 @@ class Mixture:
 
     parts: list[Part]
 
-    def __post_init__(self) -> None:
+    # Not __post_init__: where a value may be of several types, jsonargparse keeps to itself what one of them raises.
+    def check(self) -> None:
+        """See that there are parts, and that they can be weighed against each other."""
         if not self.parts:
             raise UsageError("A mixture needs at least one part.")
         if len({part.weight is None for part in self.parts}) > 1:
             raise UsageError("Give every part of a mixture a `weight`, or none.")
+        for part in self.parts:
+            if part.weight is not None and not 0 < part.weight < math.inf:
+                raise UsageError(
+                    f"`weight` must be positive and finite, got {part.weight}; leave out the source instead."
+                )
 
 
 def as_parts(value: Any, shape: Format | None) -> list[Part]:
     """The parts of a mixture, or the one source that is given, all as Source."""
-    parts: Sequence[Part] = value.parts if isinstance(value, Mixture) else [Part(source=as_source(value))]
-    return [replace(part, source=as_source(part.source), format=part.format or shape) for part in parts]
+    mixture = value if isinstance(value, Mixture) else Mixture(parts=[Part(source=as_source(value))])
+    mixture.check()
+    return [replace(part, source=as_source(part.source), format=part.format or shape) for part in mixture.parts]
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:

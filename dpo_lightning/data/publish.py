@@ -37,4 +37,5 @@ def _to_tensorboard(reports: Sequence[DataReport], logger: TensorBoardLogger) ->
         tag = f"data/{report.split}" + (f"_{len(twins) + 1}" if twins else "")
         logger.experiment.add_text(tag, report.markdown())
         for name, lengths in report.lengths.items():
-            logger.experiment.add_histogram(f"{tag}/{name}_tokens", np.array([*lengths.elements()]))
+            values = np.repeat([*lengths], [*lengths.values()])
+            logger.experiment.add_histogram(f"{tag}/{name}_tokens", values)

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from dpo_lightning.data.cells import cell, is_messages, wrong_type
+from dpo_lightning.data.cells import cell, wrong_type
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Asked, Format
 from dpo_lightning.data.sources import Row
 from dpo_lightning.errors import UsageError
 
 TIES = "all responses tie"
+TIED = ("tie", "tie (bothbad)", "both", "neither", "equal")
+
+
+def said(label: object) -> str:
+    """A label as text: CSV knows nothing else, and 1.0 is what a column of numbers with gaps makes of 1."""
+    return str(label).strip().removesuffix(".0") if isinstance(label, (str, int, float)) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +38,26 @@ class Rankings(Asked):
     ties: Literal["drop", "apart"] = "drop"
     reduce: Literal["best_worst", "all_pairs"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.ties not in ("drop", "apart"):
+            raise UsageError(f"`ties` must be drop or apart, got {self.ties!r}.")
+        if self.reduce not in (None, "best_worst", "all_pairs"):
+            raise UsageError(f"`reduce` must be best_worst or all_pairs, or be left out, got {self.reduce!r}.")
+
     def answers(self) -> tuple[str, ...]:
         """Responses, and scores where they are named."""
         return (self.responses,) if self.scores is None else (self.responses, self.scores)
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One ranking, or the pairs that are made of it."""
-        responses = cell(row, self.responses)
-        if not isinstance(responses, list) or not all(isinstance(item, str) or is_messages(item) for item in responses):
-            raise wrong_type(f"column {self.responses!r}", "a list of responses", responses)
+        responses, where = cell(row, self.responses), f"column {self.responses!r}"
+        if not isinstance(responses, list):
+            raise wrong_type(where, "a list of responses", responses)
         if len(responses) < 2:
-            raise UnusableRow("fewer than two responses")
+            raise UnusableRow("fewer than two responses", f"{where} has {len(responses)}; a ranking needs two or more.")
         groups = self._groups(row, responses)
         if len(groups) < 2:
-            raise UnusableRow(TIES)
+            raise UnusableRow(TIES, f"column {self.scores!r} gives all {len(responses)} the same score.")
         if self.ties == "drop":
             groups = [group[:1] for group in groups]
         if self.reduce == "all_pairs":
@@ -54,7 +66,11 @@ class Rankings(Asked):
             ends = groups if self.reduce is None else [groups[0], groups[-1]]
             # Every response stands in at least one example, and no example holds two that tie.
             chosen = [[group[turn % len(group)] for group in ends] for turn in range(max(map(len, ends)))]
-        return [self.example(row, [responses[place] for place in places]) for places in chosen]
+        names = [f"{where}, response {number}" for number in range(1, len(responses) + 1)]
+        return [
+            self.example(row, [responses[place] for place in places], [names[place] for place in places])
+            for places in chosen
+        ]
 
     def _groups(self, row: Row, responses: list[Any]) -> list[list[int]]:
         """Places of the responses, best first, those that tie together."""
@@ -64,7 +80,8 @@ class Rankings(Asked):
         if not isinstance(scores, list) or len(scores) != len(responses):
             raise wrong_type(where, f"a list of {len(responses)} scores, one a response", scores)
         for score in scores:
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            # An int is finite, and may be larger than any float.
+            if type(score) is not int and not (isinstance(score, float) and math.isfinite(score)):
                 raise wrong_type(where, "a list of finite numbers", score)
         levels = sorted(set(scores), reverse=True)
         return [[place for place, score in enumerate(scores) if score == level] for level in levels]
@@ -97,17 +114,12 @@ class Comparisons(Asked):
     def read(self, row: Row) -> list[PreferenceExample]:
         """One pair."""
         label = cell(row, self.label)
-        if isinstance(label, str) and label.strip().lower() in ("tie", "both", "neither", "equal"):
-            raise UnusableRow(TIES)
-        # As text, since CSV knows nothing else; 1.0 is what a column of numbers with gaps makes of 1.
-        said = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip()
-        if isinstance(label, bool) or said not in map(str, self.labels):
+        if said(label).lower() in TIED:
+            raise UnusableRow(TIES, f"column {self.label!r} says {label!r}.")
+        if said(label) not in map(str, self.labels):
             raise wrong_type(f"column {self.label!r}", f"{self.labels[0]!r} or {self.labels[1]!r}", label)
-        sides = [cell(row, self.first), cell(row, self.second)]
-        for column, side in zip((self.first, self.second), sides, strict=True):
-            if not isinstance(side, str) and not is_messages(side):
-                raise wrong_type(f"column {column!r}", "text or messages", side)
-        return [self.example(row, sides if said == str(self.labels[0]) else sides[::-1])]
+        columns = [self.first, self.second] if said(label) == str(self.labels[0]) else [self.second, self.first]
+        return [self.example(row, [cell(row, column) for column in columns], [f"column {name!r}" for name in columns])]
 
 
 @dataclass(frozen=True, kw_only=True)

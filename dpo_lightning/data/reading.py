@@ -10,8 +10,11 @@ from dpo_lightning.data.auto import NUM_ROWS, choose
 from dpo_lightning.data.cells import WRONG_TYPE
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Format
+from dpo_lightning.data.rankings import Columns
 from dpo_lightning.data.sources import Row
 from dpo_lightning.errors import UsageError
+
+NO_EXAMPLE = "no example in the row"
 
 
 class Reading(NamedTuple):
@@ -46,11 +49,14 @@ def begin(rows: Iterator[tuple[int, Row]], shape: Format | None, source: str) ->
     if shape is None:
         shape = choose([row for _, row in first], source)
     elif missing := [column for column in shape.columns() if column not in found]:
-        argument = next((name for name, value in vars(shape).items() if value == missing[0]), missing[0])
+        row_shape = shape.rows if isinstance(shape, Columns) else shape
+        argument = next((name for name, value in vars(row_shape).items() if value == missing[0]), missing[0])
+        remedy = f"{{class_path: {type(row_shape).__name__}, init_args: {{{argument}: your_column}}}}"
+        if isinstance(shape, Columns):
+            remedy = f"{{class_path: Columns, init_args: {{rows: {remedy}}}}}"
         raise UsageError(
             f"{source}: there is no column {missing[0]!r}; the rows have {', '.join(map(repr, found)) or 'none'}. "
-            f"{shape} is what was asked for; name your columns, as in {{class_path: {type(shape).__name__}, init_args: "
-            f"{{{argument}: your_column}}}}."
+            f"{shape} is what was asked for; name your columns, as in {remedy}."
         )
     unread = [column for column in found if column not in shape.columns()]
     return Reading(shape, unread, chain(first, rows))
@@ -58,8 +64,9 @@ def begin(rows: Iterator[tuple[int, Row]], shape: Format | None, source: str) ->
 
 def _examples(shape: Format, number: int, row: Row) -> list[PreferenceExample | UnusableRow]:
     try:
-        return [item._replace(row=number) if isinstance(item, PreferenceExample) else item for item in shape.read(row)]
+        items = [item._replace(row=number) if isinstance(item, PreferenceExample) else item for item in shape.read(row)]
+        return items or [UnusableRow(NO_EXAMPLE)]
     except UnusableRow as reason:
         return [reason]
     except RecursionError:
-        return [UnusableRow(WRONG_TYPE, "its lists and objects are nested too deeply.")]
+        return [UnusableRow(WRONG_TYPE, "its lists and objects are nested too deeply; mend the row.")]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_lightning.data.tokenize import Notes
+from dpo_lightning.errors import UsageError
 
 NUM_NAMED = 5  # rows named for each reason
 BINS = 20
@@ -32,11 +33,13 @@ class Dropped:
     Attributes:
         count: How many.
         rows: The first of their rows.
+        more: Whether there are further rows.
         detail: What is wrong with the first of them.
     """
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
+    more: bool = False
     detail: str = ""
 
 
@@ -81,8 +84,9 @@ class DataReport:
                 dropped = self.dropped.setdefault(reason, Dropped(detail=tokens["detail"][place].as_py()))
                 dropped.count += 1
                 row = tokens["row"][place].as_py()
-                if len(dropped.rows) < NUM_NAMED and row not in dropped.rows:
-                    dropped.rows.append(row)
+                if row not in dropped.rows:
+                    dropped.more = len(dropped.rows) == NUM_NAMED
+                    dropped.rows += [] if dropped.more else [row]
         kept = tokens.filter(pc.equal(tokens["reason"], ""))
         self.kept += len(kept)
         for name in Notes._fields:
@@ -117,10 +121,18 @@ class DataReport:
         """Examples that are not used."""
         return sum(dropped.count for dropped in self.dropped.values())
 
-    def first_drop(self) -> str:
-        """The first reason for dropping something, with its rows and the detail."""
-        reason, dropped = next(iter(self.dropped.items()))
-        return f"row {dropped.rows[0]}: {reason}{': ' if dropped.detail else ''}{dropped.detail}"
+    def refuse_drops(self) -> None:
+        """Take no example that cannot be used.
+
+        Raises:
+            UsageError: If there is one; names the first, with its row and the reason.
+        """
+        for reason, dropped in self.dropped.items():
+            raise UsageError(
+                f"{self.source}, row {dropped.rows[0]}: {reason}{': ' if dropped.detail else ''}{dropped.detail}\n"
+                f"{self.num_dropped:,} of {self.kept + self.num_dropped:,} examples cannot be used, and "
+                "`data.init_args.strict` allows none."
+            )
 
     def table(self) -> list[tuple[str, str, str]]:
         """What is to be said, as lines of a name, a figure and a remark."""
@@ -153,8 +165,8 @@ class DataReport:
             share, equal = self.longer["chosen"] / pairs, self.longer["neither"] / pairs
             lines.append(("chosen is longer", f"{share:.1%}", f"of pairs; equally long {equal:.1%}"))
         ratio = self.padded_tokens / self.stream_tokens
-        padded = f"in the stream; padded rows would hold {self.padded_tokens:,} ({ratio:.2f}x)"
-        lines.append(("tokens an epoch", f"{self.stream_tokens:,}", f"{padded}, {self.batch_size} examples a batch"))
+        padded = f"in the stream, once through; padded rows would hold {self.padded_tokens:,} ({ratio:.2f}x)"
+        lines.append(("tokens", f"{self.stream_tokens:,}", f"{padded}, {self.batch_size} examples a batch"))
         return [line for line in lines if line]
 
     def __str__(self) -> str:
@@ -179,8 +191,8 @@ class DataReport:
 
 
 def _rows(dropped: Dropped) -> str:
-    more = ", ..." if dropped.count > len(dropped.rows) else ""
-    return f"row{'s' if dropped.count > 1 else ''} {', '.join(map(str, dropped.rows))}{more}"
+    more = ", ..." if dropped.more else ""
+    return f"row{'s' if len(dropped.rows) > 1 else ''} {', '.join(map(str, dropped.rows))}{more}"
 
 
 def _summary(lengths: Counter[int]) -> tuple[float, int, int, int]:

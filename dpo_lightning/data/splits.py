@@ -16,7 +16,7 @@ def held_out(prompts: np.ndarray, fraction: float) -> np.ndarray:
 
     Args:
         prompts: What tells the prompt of each example from others, shape ``(N,)``.
-        fraction: Share of the examples to hold out; at most, and as near as whole prompts allow.
+        fraction: Share of the examples to hold out, at most: a prompt that is drawn is held out where it fits.
 
     Returns:
         True for those that are held out, shape ``(N,)``.
@@ -27,8 +27,12 @@ def held_out(prompts: np.ndarray, fraction: float) -> np.ndarray:
     _, prompt = np.unique(prompts, return_inverse=True)
     counts = np.bincount(prompt)
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(SEED)).numpy()
-    room = round(fraction * len(prompts)) - np.cumsum(counts[order])
-    held = np.isin(prompt, order[room >= 0])
+    room, chosen = round(fraction * len(prompts)), []
+    for place, count in zip(order.tolist(), counts[order].tolist(), strict=True):
+        if count <= room:
+            room -= count
+            chosen.append(place)
+    held = np.isin(prompt, chosen)
     if not 0 < held.sum() < len(prompts):
         raise UsageError(
             f"`val_fraction` {fraction} of {len(prompts)} examples with {len(counts)} prompts holds out {held.sum()}; "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset
 
 from dpo_lightning.batch import PreferenceBatch
@@ -19,8 +21,21 @@ from dpo_lightning.data.table import record, records_table
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
 
-Item = tuple[int, PreferenceExample | UnusableRow]  # the number of a row and what it holds
 MAX_FRUITLESS = 10_000  # rows in a row without a usable example
+
+
+class Item(NamedTuple):
+    """An example on its way.
+
+    Attributes:
+        row: Number of its row.
+        first: Whether it is the first that the row holds.
+        content: The example, or why there is none.
+    """
+
+    row: int
+    first: bool
+    content: PreferenceExample | UnusableRow
 
 
 class StreamedBatch(NamedTuple):
@@ -29,12 +44,14 @@ class StreamedBatch(NamedTuple):
     Attributes:
         batch: This rank's share.
         taken: Items taken from the shuffled stream since it began.
-        records: What became of the items, part by part.
+        rows: Rows begun, part by part.
+        records: What became of the items, part by part, as rows of a token table.
     """
 
     batch: PreferenceBatch
     taken: int
-    records: list[list[dict[str, Any]]]
+    rows: list[int]
+    records: list[pa.Table]
 
 
 @dataclass
@@ -78,25 +95,27 @@ class ShuffledStream(IterableDataset):
         while True:
             batch: list[TokenizedExample] = []
             records: list[list[dict[str, Any]]] = [[] for _ in self.parts]
-            fruitless = 0
+            rows, fruitless = [0] * len(self.parts), 0
             while len(batch) < self.batch_size:
                 drawn = [next(items) for _ in range(self.batch_size - len(batch))]
                 taken += len(drawn)
-                for part, row, result in self._tokenized(drawn):
-                    records[part].append(record(row, result))
+                for part, item, result in self._tokenized(drawn):
+                    rows[part] += item.first
+                    records[part].append(record(item.row, result))
                     if not isinstance(result, UnusableRow):
-                        batch.append(result[0]._replace(row=row))
+                        batch.append(result[0]._replace(row=item.row))
                         fruitless = 0
                     else:
                         fruitless += 1
                 if fruitless > MAX_FRUITLESS:
                     raise UsageError(f"Of the last {fruitless:,} rows of the stream none could be used: {result}")
-            yield StreamedBatch(collate(batch[self.rank :: self.world_size]), taken, records)
+            share = collate(batch[self.rank :: self.world_size])
+            yield StreamedBatch(share, taken, rows, [*map(records_table, records)])
 
-    def _tokenized(self, drawn: list[tuple[int, Item]]) -> Iterator[tuple[int, int, Any]]:
-        results = self.tokenization([item for _, (_, item) in drawn if isinstance(item, PreferenceExample)])
-        for part, (row, item) in drawn:
-            yield part, row, next(results) if isinstance(item, PreferenceExample) else item
+    def _tokenized(self, drawn: list[tuple[int, Item]]) -> Iterator[tuple[int, Item, Any]]:
+        results = self.tokenization([item.content for _, item in drawn if isinstance(item.content, PreferenceExample)])
+        for part, item in drawn:
+            yield part, item, next(results) if isinstance(item.content, PreferenceExample) else item.content
 
     def _mixed(self) -> Iterator[tuple[int, Item]]:
         """Items of all parts, each part drawn with its weight."""
@@ -130,6 +149,7 @@ class StreamLoader:
         stream: Where batches come from.
         num_batches: Batches after which an epoch ends.
         reports: One a part, which count what is handed out.
+        strict: Whether to stop where an example cannot be used.
         num_workers: 1 reads and tokenises in a process of its own, 0 in this one.
         pin_memory: Whether batches lie in memory from which a GPU copies fast.
     """
@@ -140,16 +160,17 @@ class StreamLoader:
         num_batches: int,
         reports: Sequence[DataReport],
         *,
+        strict: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         if num_workers > 1:
             raise UsageError(f"A stream is read by one process: `num_workers` must be 0 or 1, got {num_workers}.")
-        self.stream, self.num_batches, self.reports = stream, num_batches, reports
+        self.stream, self.num_batches, self.reports, self.strict = stream, num_batches, reports, strict
         self._position = 0
         self._started = False
         self._make: Callable[[], DataLoader] = lambda: DataLoader(
-            self.stream, batch_size=None, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
+            _Guarded(self.stream), batch_size=None, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
         )
 
     def __len__(self) -> int:
@@ -162,11 +183,15 @@ class StreamLoader:
             self._position = 0
         self._started = True
         for streamed in self._make():
+            if isinstance(streamed, UsageError):
+                raise streamed
             self._position += 1
             self.stream.taken = streamed.taken
-            for report, records in zip(self.reports, streamed.records, strict=True):
-                report.rows += len({item["row"] for item in records})
-                report.count(records_table(records))
+            for report, rows, records in zip(self.reports, streamed.rows, streamed.records, strict=True):
+                report.rows += rows
+                report.count(records)
+                if self.strict:
+                    report.refuse_drops()
             yield streamed.batch
             if self._position >= self.num_batches:
                 return
@@ -184,9 +209,9 @@ class StreamLoader:
             UsageError: If the order is another than it was.
         """
         for name, key in (("batch_size", "batch_size"), ("buffer", "stream_buffer")):
-            if state[name] != getattr(self.stream, name):
+            if state.get(name) != getattr(self.stream, name):
                 raise UsageError(
-                    f"The checkpoint stands in a stream with `data.init_args.{key}` {state[name]}, now it is "
+                    f"The checkpoint stands in data with `data.init_args.{key}` {state.get(name)}, now it is "
                     f"{getattr(self.stream, name)}: the order would be another. Use the same, or start anew from its "
                     "weights."
                 )
@@ -194,10 +219,35 @@ class StreamLoader:
         self._started = False
 
 
+@dataclass
+class _Guarded(IterableDataset):
+    """A stream that hands a mistake out where it ends: thrown by a worker it would come as that worker's traceback."""
+
+    stream: ShuffledStream
+
+    def __iter__(self) -> Iterator[StreamedBatch | UsageError]:
+        try:
+            yield from self.stream
+        except UsageError as error:
+            yield error
+
+
+def first_examples(parts: Sequence[Part], tokenization: Tokenization, num_examples: int) -> list[TokenizedExample]:
+    """The first usable examples of some sources, the sources in turn."""
+    found: list[TokenizedExample] = []
+    for place, part in enumerate(parts):
+        wanted = num_examples * (place + 1) // len(parts)
+        first = (item.content for item in islice(_items(part), MAX_FRUITLESS))
+        items = (content for content in first if isinstance(content, PreferenceExample))
+        while len(found) < wanted and (chunk := list(islice(items, wanted - len(found)))):
+            found += [result[0] for result in tokenization(chunk) if not isinstance(result, UnusableRow)]
+    return found
+
+
 def _items(part: Part) -> Iterator[Item]:
     source = part.opened()
     for number, items in begin(source.stream(), part.format, str(source)).examples():
-        yield from ((number, item) for item in items)
+        yield from (Item(number, place == 0, content) for place, content in enumerate(items))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_lightning.data.cells import as_messages, as_text, cell, is_messages, optional_text, text, tools_in, wrong_type
-from dpo_lightning.data.dialogue import turns
+from dpo_lightning.data.cells import as_messages, as_text, cell, optional_text, text, tools_in, wrong_type
+from dpo_lightning.data.dialogue import Setting, turns
 from dpo_lightning.data.example import PreferenceExample
 from dpo_lightning.data.formats import Asked, Format
 from dpo_lightning.data.sources import Row
+from dpo_lightning.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Texts(Format):
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One response, its prompt empty unless a column is named."""
-        return [PreferenceExample(optional_text(row, self.prompt), (text(row, self.text),))]
+        return [PreferenceExample("" if self.prompt is None else text(row, self.prompt), (text(row, self.text),))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +41,28 @@ class Messages(Format):
     Args:
         messages: Column of the messages.
         turns: Learn all of the assistant's answers, or the last alone.
+        system: Column of a system message.
         tools: Column of tools, for the chat template.
     """
 
     messages: str = "messages"
     turns: Literal["all", "last"] = "all"
+    system: str | None = None
     tools: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.turns not in ("all", "last"):
+            raise UsageError(f"`turns` must be all or last, got {self.turns!r}.")
+
     def columns(self) -> tuple[str, ...]:
-        """Messages, and tools where they are named."""
-        return (self.messages,) if self.tools is None else (self.messages, self.tools)
+        """Messages, and system and tools where they are named."""
+        return (self.messages, *(column for column in (self.system, self.tools) if column is not None))
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One dialogue."""
         messages = as_messages(cell(row, self.messages), f"column {self.messages!r}")
-        return [turns(messages, every=self.turns == "all", tools=tools_in(row, self.tools))]
+        setting = Setting(optional_text(row, self.system), tools=tools_in(row, self.tools))
+        return [turns(messages, self.turns == "all", setting)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +81,7 @@ class Completions(Asked):
 
     def read(self, row: Row) -> list[PreferenceExample]:
         """One response."""
-        completion = cell(row, self.completion)
-        if not isinstance(completion, str) and not is_messages(completion):
-            raise wrong_type(f"column {self.completion!r}", "text or messages", completion)
-        return [self.example(row, [completion])]
+        return [self.example(row, [cell(row, self.completion)], [f"column {self.completion!r}"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,4 +111,5 @@ class Alpaca(Asked):
         if not isinstance(output, (str, list)) or output == []:
             raise wrong_type(where, "text, or a list of texts, best first", output)
         texts = [as_text(item, where) for item in ([output] if isinstance(output, str) else output)]
-        return [self.example(row, [[{"role": "assistant", "content": item}] for item in texts])]
+        names = [where if isinstance(output, str) else f"{where}, text {number}" for number in range(1, len(texts) + 1)]
+        return [self.example(row, [{"role": "assistant", "content": item} for item in texts], names)]

@@ -6,12 +6,14 @@ import hashlib
 import inspect
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
+from abc import ABC
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,7 @@ from dpo_lightning.recipes import to_plain
 
 CHUNK = 1_000
 SETTINGS = ("max_length", "max_prompt_length", "truncation", "truncation_side", "num_responses")
+LOADING = ("is_local", "local_files_only")
 WRITTEN = pa.schema({"row": pa.int64(), "reason": pa.string(), "detail": pa.string(), "example": pa.string()})
 IDS = List(Value("int32"))
 TOKENS = Features(
@@ -57,6 +60,7 @@ class TokenTable:
         rows: Number of rows of the source.
         cached: Whether the tokens were there already.
         seconds: What making or finding them took.
+        folder: Where the tokens lie, if they are to be gone with what uses them.
     """
 
     tokens: Dataset
@@ -65,11 +69,12 @@ class TokenTable:
     rows: int
     cached: bool
     seconds: float
+    folder: tempfile.TemporaryDirectory | None = None
 
     def kept(self) -> Examples:
         """The examples that are used."""
         reasons = self.tokens.select_columns("reason").with_format("arrow")[:]["reason"]
-        return Examples(self.tokens.select(np.flatnonzero(pc.equal(reasons, "").to_numpy())))
+        return Examples(self.tokens.select(np.flatnonzero(pc.equal(reasons, "").to_numpy())), [self.folder])
 
     def report(self, split: str, source: str, batch_size: int) -> DataReport:
         """What became of the rows.
@@ -92,16 +97,18 @@ class Examples(Sequence[TokenizedExample]):
 
     Args:
         tokens: Rows with the columns of ``TOKENS``.
+        folders: What is to stay as long as they are in use, also for processes that read them anew.
     """
 
-    def __init__(self, tokens: Dataset) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: Dataset, folders: Sequence[tempfile.TemporaryDirectory | None] = ()) -> None:
+        self.tokens, self._folders = tokens, folders
         self._ids = tokens.select_columns(list(TokenizedExample._fields))
 
     @staticmethod
     def joined(parts: Sequence[Examples]) -> Examples:
         """Several behind each other."""
-        return Examples(datasets.concatenate_datasets([part.tokens for part in parts]))
+        tokens = datasets.concatenate_datasets([part.tokens for part in parts])
+        return Examples(tokens, [folder for part in parts for folder in part._folders])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -126,13 +133,20 @@ class Examples(Sequence[TokenizedExample]):
         """A column of numbers."""
         return self.tokens.select_columns(name).with_format("arrow")[:][name].to_numpy()
 
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of each example in the stream."""
+        tokens = self._ids.select_columns(["prompt_ids", "response_ids"]).with_format("arrow")[:]
+        responses, owner = pc.list_flatten(tokens["response_ids"]), pc.list_parent_indices(tokens["response_ids"])
+        lengths = pc.list_value_length(responses).to_numpy()
+        return pc.list_value_length(tokens["prompt_ids"]).to_numpy() + np.bincount(owner.to_numpy(), lengths)
+
     def prompts(self) -> np.ndarray:
         """What tells the prompt of each example from others."""
         return self.column("prompt_digest")
 
     def select(self, indices: Sequence[int]) -> Examples:
         """Some of the examples."""
-        return Examples(self.tokens.select(indices))
+        return Examples(self.tokens.select(indices), self._folders)
 
 
 def tokenize(
@@ -155,18 +169,15 @@ def tokenize(
     if key is None:
         temporary = tempfile.TemporaryDirectory(prefix="dpo_lightning_")
         _write(Path(temporary.name), source, shape, tokenization, num_proc)
-        table = _load(Path(temporary.name), False, start)
-        table.tokens._folder = temporary  # it lives as long as what it holds
-        return table
+        return replace(_load(Path(temporary.name), False, start), folder=temporary)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / key
-    cached = folder.is_dir()
+    cached = _is_whole(folder)
     if not cached:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        unfinished = folder.with_name(f"{key}.{secrets.token_hex(4)}")
+        unfinished.mkdir(parents=True)
         try:
             _write(unfinished, source, shape, tokenization, num_proc)
-            if not folder.is_dir():  # another process may have been faster
-                os.replace(unfinished, folder)
+            _move(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return _load(folder, cached, start)
@@ -175,11 +186,11 @@ def tokenize(
 def tokenize_batch(batch: Mapping[str, list[Any]], tokenization: Tokenization) -> dict[str, list[Any]]:
     """Columns ``TOKENS`` for columns ``WRITTEN``: those that hold an example get tokens or a reason."""
     examples = [_decoded(text, row) for text, row in zip(batch["example"], batch["row"], strict=True) if text]
-    results = tokenization(examples)
+    results, begin_token = tokenization(examples), tokenization.tokenizer.bos_token_id
     rows = []
     for row, reason, detail, text in zip(*(batch[name] for name in WRITTEN.names), strict=True):
         result = next(results) if text else UnusableRow(reason, detail)
-        rows.append(record(row, result))
+        rows.append(record(row, result, begin_token))
     return {name: [row[name] for row in rows] for name in TOKENS}
 
 
@@ -188,7 +199,9 @@ def records_table(records: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(records, TOKENS.arrow_schema)
 
 
-def record(row: int, result: tuple[TokenizedExample, Notes] | UnusableRow) -> dict[str, Any]:
+def record(
+    row: int, result: tuple[TokenizedExample, Notes] | UnusableRow, begin_token: int | None = None
+) -> dict[str, Any]:
     """A row of a token table: an example and what happened to it, or why there is none."""
     blank: dict[str, Any] = dict.fromkeys(TOKENS) | {"row": row, "reason": "", "detail": ""}
     if isinstance(result, UnusableRow):
@@ -196,10 +209,11 @@ def record(row: int, result: tuple[TokenizedExample, Notes] | UnusableRow) -> di
     example, notes = result
     prompt = array("i", example.prompt_ids).tobytes()
     whole = hashlib.blake2b(prompt, digest_size=8)
-    for response in example.response_ids:
-        whole.update(b"|" + array("i", response).tobytes())
+    for place, response in enumerate(example.response_ids):
+        scored = b"" if example.scored is None else bytes(example.scored[place])
+        whole.update(array("i", [len(response), len(scored), *response]).tobytes() + scored)
     digests = {"digest": whole.digest(), "prompt_digest": hashlib.blake2b(prompt, digest_size=8).digest()}
-    if len(example.prompt_ids) == 1:  # a begin token is no prompt that several examples share
+    if example.prompt_ids == [begin_token]:  # that is no prompt that several examples share
         digests["prompt_digest"] = digests["digest"]
     numbers = {name: int.from_bytes(value, "little", signed=True) for name, value in digests.items()}
     return blank | example._asdict() | {"row": row} | notes._asdict() | numbers
@@ -242,12 +256,26 @@ def _records(reading: Reading, numbers: set[int]) -> Iterator[dict[str, Any]]:
 
 
 def _encoded(example: PreferenceExample) -> str:
-    return json.dumps([example.prompt, example.responses, example.tools], ensure_ascii=False, default=str)
+    return json.dumps([example.prompt, example.responses, example.tools], default=str)
 
 
 def _decoded(text: str, row: int) -> PreferenceExample:
     prompt, responses, tools = json.loads(text)
     return PreferenceExample(prompt, tuple(responses), row, tools)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether tokens can be read; who cleans a cache by the age of its files may leave the folder."""
+    return (folder / "about.json").is_file() and any(folder.glob("tokens*.arrow"))
+
+
+def _move(unfinished: Path, folder: Path) -> None:
+    try:
+        os.replace(unfinished, folder)
+    except OSError:
+        if not _is_whole(folder):  # otherwise another process was faster
+            shutil.rmtree(folder)
+            os.replace(unfinished, folder)
 
 
 def _load(folder: Path, cached: bool, start: float) -> TokenTable:
@@ -264,25 +292,37 @@ def _key(source: Source, shape: Format | None, tokenization: Tokenization) -> st
         return None
     settings = {name: value for name, value in vars(tokenization).items() if name in SETTINGS}
     chat = {"template": tokenization.chat.source(tokenization.tokenizer), "variables": tokenization.chat.variables}
-    code = [*Path(__file__).parent.glob("*.py"), *([] if shape is None else [Path(inspect.getfile(type(shape)))])]
     parts = {
         "source": fingerprint,
         "format": to_plain(shape),
         "settings": settings,
         "chat": {**chat, "texts": tokenization.chat.texts},
         "tokenizer": _digest_of_tokenizer(tokenization.tokenizer),
-        "code": sorted(hashlib.blake2b(path.read_bytes()).hexdigest() for path in code),
         "versions": [version(package) for package in ("transformers", "tokenizers", "jinja2")],
     }
     try:
+        code = {*map(str, Path(__file__).parent.glob("*.py")), *map(inspect.getfile, _classes(shape))}
+        parts["code"] = sorted(hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in code)
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    except TypeError:  # a format or a template variable that is not plain data
+    except (TypeError, OSError):  # a format or a template variable that is not plain data, or code typed into a shell
         return None
 
 
+def _classes(value: Any) -> Iterator[type]:
+    """The classes of a format, of those that it is made of, and what they inherit."""
+    if isinstance(value, Format):
+        yield from (cls for cls in type(value).__mro__ if cls not in (ABC, object))
+        for part in vars(value).values():
+            yield from _classes(part)
+
+
 def _digest_of_tokenizer(tokenizer: Tokenizer) -> list[str]:
-    """Hashes of the files that it would be saved as."""
+    """Hashes of the files that it would be saved as, less what says how it was loaded."""
+    tokenizer("a", verbose=False)  # puts away the cutting and padding of other calls, which would be saved
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        config = Path(folder) / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({name: value for name, value in settings.items() if name not in LOADING}))
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return [hashlib.blake2b(path.read_bytes()).hexdigest() for path in files]

@@ -9,10 +9,10 @@ end token; behind messages stands what their chat template writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import compress, islice, pairwise
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -37,8 +37,8 @@ class Notes(NamedTuple):
         no_end: Responses without end token, though they are whole.
         merged: Responses tokenised by themselves, since tokens merge across the boundary.
         two_begins: Prompts with two begin tokens: their text has one, and the tokenizer adds one.
-        special: Texts that hold a special token, which they become.
-        run_on: Responses that follow their prompt without a space or line between them.
+        special: 1 where a text holds a special token, which it becomes.
+        run_on: 1 where a response's word follows the prompt without a space or line between them.
     """
 
     cut_prompt: int = 0
@@ -88,18 +88,18 @@ class Tokenization:
 
     def __call__(self, examples: Sequence[PreferenceExample]) -> Iterator[tuple[TokenizedExample, Notes] | UnusableRow]:
         """Each example tokenised, with what happened to it, or the reason why it cannot be used."""
-        rendered = [self._render(example) for example in examples]
-        ids: dict[str, list[int]] = {}
+        whole_texts = [str(text) for example in examples if example.prompt is None for text in example.responses]
+        ids: dict[bool, dict[str, list[int]]] = {False: self._encode(whole_texts, templated=False), True: {}}
+        rendered = [self._render(example, ids[False]) for example in examples]
         # Tokenizers are fastest on many texts at once.
-        for templated in (False, True):
+        for templated, known in ids.items():
             items = [item for item in rendered if isinstance(item, RenderedExample) and item.templated is templated]
-            texts = list({text for item in items for text in _beginnings(item)})
-            ids |= zip(texts, self._encode(texts, templated), strict=True)
+            known |= self._encode({text for item in items for text in _beginnings(item)} - known.keys(), templated)
         for example, item in zip(examples, rendered, strict=True):
             try:
                 if isinstance(item, UnusableRow):
                     raise item
-                tokens, notes = self._tokenize(item, ids)
+                tokens, notes = self._tokenize(item, ids[item.templated])
                 special = any(map(self._special_texts.search, _contents(example)))
                 yield tokens._replace(row=example.row), notes._replace(special=int(special))
             except UnusableRow as reason:
@@ -119,26 +119,38 @@ class Tokenization:
         texts = self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
         return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
-    def _encode(self, texts: list[str], templated: bool) -> list[list[int]]:
-        if not templated:
-            return encode(self.tokenizer, texts)
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token of all characters that the tokenizer does not know, unless it has another meaning too."""
+        tokenizer = self.tokenizer
+        others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
-    def _render(self, example: PreferenceExample) -> RenderedExample | UnusableRow:
+    def _encode(self, texts: Iterable[str], templated: bool) -> dict[str, list[int]]:
+        texts = list(texts)
+        if not templated:
+            return dict(zip(texts, encode(self.tokenizer, texts), strict=True))
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return dict(zip(texts, ids, strict=True))
+
+    def _continues(self, whole: list[int], before: list[int]) -> bool:
+        """Whether tokens begin with those of a beginning of their text, and those stand for that beginning alone."""
+        return whole[: len(before)] == before and (self._unknown is None or before[-1:] != [self._unknown])
+
+    def _render(self, example: PreferenceExample, ids: dict[str, list[int]]) -> RenderedExample | UnusableRow:
         try:
             item = self._renderer(example._replace(responses=example.responses[: self.num_responses]))
-            return self._split(example) if item.prompt is None else item
+            return self._split(example, ids) if item.prompt is None else item
         except UnusableRow as reason:
             return reason
 
-    def _split(self, example: PreferenceExample) -> RenderedExample:
+    def _split(self, example: PreferenceExample, ids: dict[str, list[int]]) -> RenderedExample:
         """Whole texts split where what they share ends with a word and with a token."""
         texts = [str(response) for response in example.responses]
-        wholes = encode(self.tokenizer, texts)
         for place in islice(word_ends(texts), NUM_SPLITS):
             prompt = texts[0][:place]
-            (ids,) = encode(self.tokenizer, [prompt])
-            if prompt.strip() and all(whole[: len(ids)] == ids for whole in wholes):
+            ids |= self._encode([prompt], templated=False)
+            if prompt.strip() and all(self._continues(ids[text], ids[prompt]) for text in texts):
                 kept = texts[: self.num_responses]
                 answered = example._replace(prompt=prompt, responses=tuple(text[place:] for text in kept))
                 return self._renderer(answered)
@@ -186,19 +198,14 @@ class Tokenization:
         return TokenizedExample(kept, [response.ids for response in cut], 0, partly), notes
 
     def _response(self, item: RenderedExample, pieces: tuple[Segment, ...], ids: dict[str, list[int]]) -> _Response:
-        before, parts, merged = ids[item.prompt or ""], [], False
-        for text in _beginnings(item._replace(responses=(pieces,)))[1:]:
-            whole = ids[text]
-            merged = merged or whole[: len(before)] != before
-            parts.append(whole[len(before) :])
-            before = whole
-        if merged:
-            parts = [self._alone(piece.text) for piece in pieces]
-        response = _Response(
-            [token for part in parts for token in part],
-            [piece.scored for piece, part in zip(pieces, parts, strict=True) for _ in part],
-            merged,
-        )
+        tokens: list[int] = []
+        scored: list[bool] = []
+        wholes, merged = [ids[text] for text in _beginnings(item._replace(responses=(pieces,)))], False
+        for piece, (before, whole) in zip(pieces, pairwise(wholes), strict=True):
+            follows = self._continues(whole, before)
+            part = whole[len(before) :] if follows else self._alone(piece.text)
+            tokens, scored, merged = tokens + part, scored + [piece.scored] * len(part), merged or not follows
+        response = _Response(tokens, scored, merged)
         end = self.tokenizer.eos_token_id
         if item.templated or end is None or response.ids[-1:] == [end]:
             return response
@@ -207,14 +214,14 @@ class Tokenization:
     def _alone(self, text: str) -> list[int]:
         """Tokens of a text that continues something, without the space that some tokenizers put before any text."""
         for before in ("\n", ".", "a"):
-            first, whole = self._encode([before, before + text], templated=True)
-            if first and whole[: len(first)] == first:
-                return whole[len(first) :]
-        return self._encode([text], templated=True)[0]
+            ids = self._encode([before, before + text], templated=True)
+            if ids[before] and self._continues(ids[before + text], ids[before]):
+                return ids[before + text][len(ids[before]) :]
+        return self._encode([text], templated=True)[text]
 
     def _ends(self, response: _Response) -> bool:
         """Whether a special token closes a response; a template may put a line's end behind it."""
-        return not self._special_ids.isdisjoint(response.ids[-3:])
+        return not self._special_ids.isdisjoint(compress(response.ids[-3:], response.scored[-3:]))
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         limit = self.max_prompt_length
@@ -272,4 +279,4 @@ def _contents(example: PreferenceExample) -> Iterator[str]:
 
 
 def _runs_on(prompt: str, response: str) -> bool:
-    return bool(prompt) and not prompt[-1].isspace() and not response[0].isspace()
+    return bool(prompt) and not prompt[-1].isspace() and response[0].isalnum()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -12,9 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.functional.attention import RaggedLayout
+from dpo_lightning.functional.head import Outputs
 from dpo_lightning.functional.logps import sum_by_owner, token_logps
+from dpo_lightning.functional.vocabulary import log_collision, token_kl
 from dpo_lightning.models.seam import ATTENTION, stream_mask
 
+log = logging.getLogger(__name__)
 Layout = Literal["stream", "rows"]
 
 
@@ -35,6 +40,7 @@ class CausalPolicy(nn.Module):
         self.layout: Layout = layout
         self.logit_scale, self.logit_softcap = logit_constants(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if layout == "stream":
             model.set_attn_implementation(ATTENTION)
 
@@ -48,22 +54,29 @@ class CausalPolicy(nn.Module):
             setattr(module, attribute, buffer.to(getattr(module, attribute).device))
         return self
 
-    def forward(self, batch: PreferenceBatch) -> Logps:
-        """Log-probabilities of every response, summed over its tokens, fp32 or wider, shape ``(B, K)``."""
-        return Logps(sum_by_owner(self.token_logps(batch), batch.owner, batch.length.shape), batch.length)
+    def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
+        """Log-probabilities of every response, fp32 or wider.
 
-    def token_logps(self, batch: PreferenceBatch) -> Tensor:
-        """Log-probability of every response token in the order of ``batch.target``, shape ``(N,)``."""
+        Args:
+            batch: What to score.
+            reference: What a reference says of the same batch, where the divergence from it is asked for.
+            collision: Whether the collision probability at every token is asked for.
+        """
+        outputs = self.outputs(batch)
+        logps = score(outputs, batch)
+        return logps._replace(
+            collision=log_collision(outputs) if collision else None,
+            kl=None if reference is None else token_kl(reference, outputs),
+        )
+
+    def outputs(self, batch: PreferenceBatch) -> Outputs:
+        """Hidden states that predict the scored tokens, in the order of ``batch.target``, and the output head."""
+        if self._context is not None and batch.max_key > self._context:
+            _warn_of_length(batch.max_key, self._context)
         hidden, source = self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)
         head = self.model.get_output_embeddings()
-        return token_logps(
-            hidden.index_select(0, source),
-            batch.target,
-            head.weight,
-            getattr(head, "bias", None),
-            scale=self.logit_scale,
-            softcap=self.logit_softcap,
-        )
+        bias = getattr(head, "bias", None)
+        return Outputs(hidden.index_select(0, source), head.weight, bias, self.logit_scale, self.logit_softcap)
 
     def _read_stream(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Hidden states of the stream, (T, D), and where in them the predictors of response tokens stand, (N,)."""
@@ -85,6 +98,21 @@ class CausalPolicy(nn.Module):
             inputs["position_ids"] = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return hidden.flatten(0, 1), source
+
+
+def score(outputs: Outputs, batch: PreferenceBatch) -> Logps:
+    """Log-probabilities of a batch's responses from what a model says of it."""
+    hidden, weight, bias, scale, softcap = outputs
+    token = token_logps(hidden, batch.target, weight, bias, scale=scale, softcap=softcap)
+    return Logps(sum_by_owner(token, batch.owner, batch.length.shape), batch.length, token, batch.owner)
+
+
+@functools.cache
+def _warn_of_length(length: int, context: int) -> None:
+    log.warning(
+        f"A prompt with its response has {length:,} tokens, but the model's config knows {context:,} positions: unless "
+        "its positions are scaled, what it says of them is worthless. Lower `data.init_args.max_length`."
+    )
 
 
 def padded_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:

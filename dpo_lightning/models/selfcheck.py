@@ -92,7 +92,7 @@ def choose_layout(
             return Verdict("rows", family, reason=str(error))
         batch = _batch(device)
         expected = own_logps(model, batch)
-        rows = _rms(CausalPolicy(model, "rows").token_logps(batch), expected)
+        rows = _rms(CausalPolicy(model, "rows")(batch).token, expected)
         if not rows <= ROUNDING:
             raise UsageError(
                 f"{family}: log-probabilities from hidden states and output head differ from the model's own logits "
@@ -101,13 +101,13 @@ def choose_layout(
             )
         try:
             stream = CausalPolicy(model, "stream")
-            difference = _rms(stream.token_logps(batch), expected)
+            difference = _rms(stream(batch).token, expected)
         except Exception as error:  # families fail in their own ways; what counts is that this one did
             return Verdict("rows", family, reason=f"its code fails on one ({type(error).__name__}: {error})")
-        harm = [_rms(stream.token_logps(wrong), expected) for wrong in wrong_batches(batch)]
+        harm = [_rms(stream(wrong).token, expected) for wrong in wrong_batches(batch)]
         wider = with_wider_window(model, trust_remote_code)
         if wider is not None:
-            harm.append(_rms(CausalPolicy(wider, "stream").token_logps(batch), expected))
+            harm.append(_rms(CausalPolicy(wider, "stream")(batch).token, expected))
         sensitivity = min(harm)
         if not difference <= min(ROUNDING, sensitivity / SENSITIVITY):
             reason = (
@@ -191,7 +191,8 @@ def _batch(device: torch.device) -> PreferenceBatch:
     return batch._replace(**moved)  # type: ignore[arg-type]
 
 
-def _rms(values: Tensor, expected: Tensor) -> float:
+def _rms(values: Tensor | None, expected: Tensor) -> float:
+    assert values is not None
     return float((values.float() - expected).square().mean().sqrt())
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
+from dpo_lightning.models.adapters import TRAINED, LoRA, adapter_weights, merged
 from dpo_lightning.models.policy import CausalPolicy, Layout
 from dpo_lightning.models.selfcheck import Verdict, choose_layout
 from dpo_lightning.paths import PACKAGE, resolve
@@ -37,6 +46,8 @@ class PolicySpec:
         activation_checkpointing: Compute each layer's activations again in backward instead of keeping them.
         dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios. A resumed run then
             draws other noise than an uninterrupted one.
+        lora: Train low-rank adapters instead of the weights themselves.
+        quantize: Keep the weights in 8 or 4 bits, by bitsandbytes; to be trained, they need adapters.
         trust_remote_code: Run model code that comes with the weights.
         allow_pickle: Also load weights that are not safetensors; such files can run code.
     """
@@ -49,8 +60,16 @@ class PolicySpec:
     layout: Literal["auto", "stream", "rows"] = "auto"
     activation_checkpointing: bool = False
     dropout: bool = False
+    lora: LoRA | None = None
+    quantize: Literal["8bit", "4bit"] | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError('`quantize` needs bitsandbytes: pip install -c constraints.txt -e ".[quantize]".')
+        if self.quantize is not None and self.random_init:
+            raise UsageError("Random weights cannot be quantised: leave out `policy.quantize` or `policy.random_init`.")
 
     def build(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None) -> CausalPolicy:
         """The policy in training mode, on the CPU: the strategy moves it.
@@ -66,7 +85,10 @@ class PolicySpec:
         with torch.device("cpu"):
             config = self.load_config()
             layout = self._layout(config, device, compute_dtype)
-            policy = CausalPolicy(self._load_model(config), layout)
+            model = self._load_model(config)
+            if self.lora is not None:
+                self.lora.add(model)
+            policy = CausalPolicy(model, layout)
         if self.activation_checkpointing:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
         return policy.train()
@@ -84,6 +106,26 @@ class PolicySpec:
             return self._from_pretrained(AutoTokenizer, self.path)
         return self._from_pretrained(AutoTokenizer, self.tokenizer, key="policy.tokenizer", revision=None)
 
+    def save(self, policy: CausalPolicy, folder: Path, *, merge: bool = True) -> None:
+        """Write a policy that was built by this recipe as a Hugging Face folder.
+
+        Args:
+            policy: The policy.
+            folder: The folder.
+            merge: Let the weights take up adapters, in full precision; otherwise adapters are written alone.
+        """
+        model = policy.model
+        if self.lora is not None and merge:
+            if self.quantize is not None:
+                whole = dataclasses.replace(self, quantize=None).build().model
+                trained = dict(adapter_weights(model, TRAINED))
+                with torch.no_grad():
+                    for name, weight in adapter_weights(whole, TRAINED):
+                        weight.copy_(trained[name])
+                model = whole
+            model = merged(model)
+        model.save_pretrained(folder)
+
     def _layout(
         self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None
     ) -> Layout:
@@ -99,8 +141,11 @@ class PolicySpec:
         dtype = getattr(torch, self.dtype)
         if self.random_init:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        weights: dict[str, Any] = {} if self.allow_pickle else {"use_safetensors": True}
-        return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **weights)
+        options: dict[str, Any] = {} if self.allow_pickle else {"use_safetensors": True}
+        if self.quantize is not None:
+            bits = {"load_in_8bit": self.quantize == "8bit", "load_in_4bit": self.quantize == "4bit"}
+            options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+        return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **options)
 
     def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
         location = Path(resolve(path)).expanduser()
@@ -137,5 +182,5 @@ def _set_dropout_to_zero(config: PretrainedConfig) -> None:
 
 
 def at(spec: PolicySpec, path: str, revision: str | None) -> PolicySpec:
-    """The same recipe for another model."""
-    return dataclasses.replace(spec, path=path, revision=revision, random_init=False)
+    """The same recipe for another model, as it stands."""
+    return dataclasses.replace(spec, path=path, revision=revision, random_init=False, lora=None)

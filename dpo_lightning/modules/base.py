@@ -18,12 +18,16 @@ from torchmetrics import Metric
 
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
+from dpo_lightning.functional.head import Outputs
+from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.recipes import from_plain, to_plain
 
 log = logging.getLogger(__name__)
 
+POLICY = "policy."
+BASE_FINGERPRINT = "base_fingerprint"
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -68,6 +72,9 @@ class PolicyModule(LightningModule):
         self.policy = None
         self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
         self._throughput = _Throughput()
+        self._base_fingerprint: str | None = None
+        self._register_state_dict_hook(_leave_out)
+        self.register_load_state_dict_post_hook(_do_not_miss)
         self.record(policy=self.spec, lr=lr, warmup_steps=warmup_steps, schedule=schedule)
 
     def record(self, **hyperparameters: Any) -> None:
@@ -91,14 +98,41 @@ class PolicyModule(LightningModule):
 
     def load(self, spec: PolicySpec) -> CausalPolicy:
         """Build a model for this module's device and precision."""
-        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
-        return spec.build(device, self._compute_dtype())
+        return spec.build(self._target_device(), self._compute_dtype())
 
-    def forward(self, batch: PreferenceBatch) -> Logps:
-        """Log-probabilities of the policy, shape ``(B, K)``."""
+    def is_left_out(self, name: str) -> bool:
+        """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
+        if self.spec.lora is None or self.policy is None or not name.startswith(POLICY):
+            return False
+        weight = dict(self.policy.named_parameters()).get(name.removeprefix(POLICY))
+        return weight is None or not weight.requires_grad
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Under adapters keep a fingerprint of the weights that are left out."""
+        if self.spec.lora is not None and self.policy is not None:
+            self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
+            checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Under adapters see that the weights below them are those that they were trained on."""
+        expected = checkpoint.get(BASE_FINGERPRINT)
+        if expected is None:
+            return
         if self.policy is None:
             self.configure_model()
-        return self.policy(batch)  # type: ignore[misc]
+        assert self.policy is not None
+        self._base_fingerprint = base_fingerprint(self.policy)
+        if self._base_fingerprint != expected:
+            raise UsageError(
+                f"The adapters of this checkpoint were trained on other weights than {self.spec.path} holds now; set "
+                "`policy.path` to those."
+            )
+
+    def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
+        """Log-probabilities of the policy, shape ``(B, K)``, and what else is asked for, as in CausalPolicy."""
+        if self.policy is None:
+            self.configure_model()
+        return self.policy(batch, reference, collision)  # type: ignore[misc]
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
@@ -188,6 +222,10 @@ class PolicyModule(LightningModule):
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 
+    def _target_device(self) -> torch.device:
+        """Where the policy will run."""
+        return self.trainer.strategy.root_device if self._trainer is not None else self.device
+
     def _compute_dtype(self) -> torch.dtype | None:
         """Dtype of matrix products where the Trainer's precision says so."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
@@ -200,6 +238,15 @@ class PolicyModule(LightningModule):
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
             )
+
+
+def _leave_out(module: PolicyModule, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix) and module.is_left_out(name.removeprefix(prefix))]:
+        del state[name]
+
+
+def _do_not_miss(module: PolicyModule, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not module.is_left_out(name)]
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:

@@ -3,13 +3,17 @@
 import itertools
 import random
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.models.policy import padded_rows
 
 SEEDS = range(8)
+IDS = st.integers(1, 9)  # few of them, so that a token in the wrong place is not found out by its id alone
 
 
 def random_examples(seed, most=4):
@@ -22,6 +26,31 @@ def random_examples(seed, most=4):
         TokenizedExample(ids(9), [ids(7) for _ in range(rng.randint(1, most))], row)
         for row in range(1, rng.randint(1, 5) + 1)
     ]
+
+
+@st.composite
+def masked_examples(draw):
+    """Examples some of whose response tokens are not scored, in each response at least one that is."""
+    examples = []
+    for row in range(draw(st.integers(1, 4))):
+        responses = draw(st.lists(st.lists(IDS, min_size=1, max_size=6), min_size=1, max_size=3))
+        scored = None
+        if draw(st.booleans()):
+            masks = [draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))) for ids in responses]
+            scored = [mask if any(mask) else [*mask[:-1], True] for mask in masks]
+        examples.append(TokenizedExample(draw(st.lists(IDS, min_size=1, max_size=6)), responses, row, scored))
+    return examples
+
+
+def scored_places(examples):
+    """For each scored token: its response, the whole sequence, and its place there."""
+    most = max(len(example.response_ids) for example in examples)
+    for number, example in enumerate(examples):
+        masks = example.scored or [[True] * len(ids) for ids in example.response_ids]
+        for index, (ids, mask) in enumerate(zip(example.response_ids, masks, strict=True)):
+            for place, scored in enumerate(mask, start=len(example.prompt_ids)):
+                if scored:
+                    yield number * most + index, example.prompt_ids + ids, place
 
 
 def sequences(examples):
@@ -43,6 +72,17 @@ def test_a_batch_by_hand():
     assert batch.length.tolist() == [[3, 1, 0], [1, 2, 2]]
     assert batch.row.tolist() == [7, 9]
     assert (batch.max_query, batch.max_key) == (5, 5)
+
+
+def test_a_batch_with_masks_by_hand():
+    first = TokenizedExample([10, 11], [[20, 21, 22], [30, 31]], 7, [[True, False, True], [False, True]])
+    second = TokenizedExample([12], [[40, 41]], 9)
+    batch = collate([first, second])
+    assert batch.input_ids.tolist() == [10, 11, 20, 21, 22, 30, 31, 12, 40, 41]  # what is not scored is read
+    assert batch.source.tolist() == [1, 3, 5, 7, 8]
+    assert batch.target.tolist() == [20, 22, 31, 40, 41]
+    assert batch.owner.tolist() == [0, 0, 1, 2, 2]
+    assert batch.length.tolist() == [[2, 1], [2, 0]]
 
 
 def test_the_longest_sequence_may_be_another_than_the_longest_query():
@@ -112,3 +152,42 @@ def test_owners_ascend_and_count_to_the_lengths_absent_responses_last(seed):
     for example, lengths in zip(examples, batch.length.tolist(), strict=True):
         present = [len(response) for response in example.response_ids]
         assert lengths == present + [0] * (most - len(present))
+
+
+@given(masked_examples())
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_stream_and_padded_rows_predict_every_scored_token_from_what_stands_before_it(examples):
+    """Both give the model, for each scored token and no other, exactly prompt and response up to that token."""
+    batch = collate(examples)
+    rows, mask, predictor = padded_rows(batch)
+    start, end, begin, stop = batch.spans.unbind(1)
+    keys = batch.key_index if batch.key_index is not None else torch.arange(len(batch.input_ids))
+    keys_of_sequence = keys.split((end - start + stop - begin).tolist())
+    expected = list(scored_places(examples))
+    assert len(expected) == len(batch.target) == len(batch.source) == len(batch.owner) == len(predictor)
+    for number, (owner, whole, place) in enumerate(expected):
+        assert batch.owner[number] == owner
+        assert batch.target[number] == whole[place]
+
+        row, column = divmod(predictor[number].item(), rows.shape[1])
+        assert column == place - 1
+        assert batch.input_ids[rows[row, : column + 1]].tolist() == whole[:place]
+        assert mask[row].tolist() == [int(column < len(whole)) for column in range(rows.shape[1])]
+
+        # In the stream a sequence sees its keys up to the position of its query.
+        source, keys = batch.source[number], keys_of_sequence[row]
+        assert (begin[row] <= source < stop[row]) or (start[row] <= source < end[row])
+        assert batch.position_ids[source] == place - 1
+        assert batch.input_ids[keys[:place]].tolist() == whole[:place]
+        assert keys[place - 1] == source
+        assert batch.position_ids[keys].tolist() == list(range(len(whole)))
+    assert len(batch.input_ids) == sum(len(e.prompt_ids) + sum(map(len, e.response_ids)) for e in examples)
+
+
+@given(masked_examples())
+@settings(derandomize=True, deadline=None, max_examples=50)
+def test_a_mask_of_all_is_no_mask(examples):
+    bare = [example._replace(scored=None) for example in examples]
+    masked = [e._replace(scored=[[True] * len(ids) for ids in e.response_ids]) for e in examples]
+    for left, right in zip(collate(bare), collate(masked), strict=True):
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

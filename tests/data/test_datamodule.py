@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import dpo_lightning.data.datamodule
+import dpo_lightning.data.table
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.files import Files
 from dpo_lightning.data.formats import Pairs
-from dpo_lightning.data.rankings import Rankings
+from dpo_lightning.data.rankings import Columns, Rankings
+from dpo_lightning.data.sources import Rows
 from dpo_lightning.data.supervised import Texts
 from dpo_lightning.errors import UsageError
 
@@ -215,6 +224,276 @@ def test_both_parts_need_an_example(data, num, fraction, held_out):
     )
 
 
+def prompts(*counts: int) -> list[dict[str, str]]:
+    """So many rows of each of several prompts, mixed up."""
+    rows = [
+        {"prompt": f"p{prompt}", "chosen": f" good{number}", "rejected": " bad"}
+        for prompt, count in enumerate(counts)
+        for number in range(count)
+    ]
+    return sorted(rows, key=lambda row: row["chosen"])
+
+
+def test_examples_of_one_prompt_are_held_out_together(data):
+    rows = prompts(*([1, 2, 3, 4] * 10))
+    module = data(rows, val_fraction=0.2)
+    module.setup("fit")
+    train, val = ({rows[row - 1]["prompt"] for row in rows_of(module, split)} for split in ("train", "val"))
+    assert not train & val
+    assert len(module.examples["val"]) == 20
+    assert len(module.examples["train"]) == 80
+
+
+def test_examples_without_a_prompt_are_held_out_one_by_one(data):
+    module = data([{"text": f"Text {number}."} for number in range(20)], val_fraction=0.25)
+    module.setup("fit")
+    assert (len(module.examples["val"]), len(module.examples["train"])) == (5, 15)
+
+
+def test_equal_texts_are_held_out_together(data):
+    rows = [{"text": f"Text {number // 2}."} for number in range(20)]
+    module = data(rows, val_fraction=0.2)
+    module.setup("fit")
+    train, val = ({rows[row - 1]["text"] for row in rows_of(module, split)} for split in ("train", "val"))
+    assert (len(val), train & val) == (2, set())
+
+
+# What validation shares with training.
+
+
+LEAK = "val: 2 of 4 examples have a prompt that stands in train too; what is measured there is partly memory."
+
+
+@pytest.mark.parametrize("stages", [("fit",), ("validate", "fit"), ("test", "fit", "validate", "test")])
+def test_prompts_of_validation_that_training_has_are_said_once(data, messages, stages):
+    val = [*pairs(1), *pairs(2, "other"), {"prompt": "p3", "chosen": "else", "rejected": "x"}]
+    module = data(pairs(4), val, pairs(4))
+    for stage in stages:
+        module.setup(stage)
+    assert [message for message in messages if "partly memory" in message] == [LEAK]
+    assert messages.index(LEAK) > max(place for place, message in enumerate(messages) if message.startswith("train:"))
+
+
+def test_without_shared_prompts_nothing_is_said(data, messages):
+    for module in (data(pairs(4), pairs(4, "q")), data(prompts(2, 2, 2, 2), val_fraction=0.5), data(None, pairs(4))):
+        module.setup("validate" if "train" not in module.sources else "fit")
+    texts = [{"text": "Once."}, {"text": "Twice."}]
+    data(texts, [{"text": "Thrice."}]).setup("fit")
+    assert not any("partly memory" in message for message in messages)
+
+
+def test_a_text_that_training_has_is_said(data, messages):
+    data([{"text": "Once."}, {"text": "Twice."}], [{"text": "Once."}, {"text": "Thrice."}]).setup("fit")
+    assert "val: 1 of 2 examples have a prompt that stands in train too" in messages[-1]
+
+
+# Nothing dropped in silence.
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "chosen": "same", "rejected": "same"}, "equal responses"),
+        ({"prompt": "p", "chosen": "a"}, "missing column: there is no column 'rejected'"),
+        ({"prompt": "p", "chosen": "a", "rejected": 3}, "wrong type: column 'rejected' must be text"),
+        ({"prompt": "p", "chosen": "a" * 30, "rejected": "b"}, "too long: 2 prompt tokens, 33 with the longest"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_strictly_any_drop_is_an_error_with_file_row_and_reason(data, tmp_path, row, reason, split):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in [*pairs(3), row, *pairs(3)]))
+    files = {split: str(path)} | ({"train": pairs(2)} if split == "val" else {})
+    settings = {"max_length": 16, "truncation": "drop", "format": Pairs()}
+    stage = "fit" if split != "test" else "test"
+    data(**files, **settings).setup(stage)
+    with pytest.raises(UsageError) as caught:
+        data(**files, **settings, strict=True).setup(stage)
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"{path}, row 4: {reason}")
+    assert last == "1 of 7 examples cannot be used, and `data.init_args.strict` allows none."
+
+
+def test_strictly_examples_are_counted_and_not_rows(data):
+    rows = [{"prompt": ["a", "b", "c"], "responses": [["x", "y"], ["x", "x"], ["y", "y"]]}]
+    with pytest.raises(UsageError, match=r"^1 rows in memory, row 1: equal responses\n2 of 3 examples cannot be used"):
+        data(rows, strict=True, format=Columns(rows=Rankings())).setup("fit")
+
+
+def test_strictly_cutting_and_equal_examples_are_no_drops(data):
+    module = data([*pairs(2), *pairs(2)], max_length=6, strict=True)
+    module.setup("fit")
+    assert module.reports[0].noted["cut_responses"] == 8
+    assert module.reports[0].duplicates == 2
+
+
+# Tokens made once.
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "dpo_lightning"
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """Sources that were tokenised."""
+    sources: list[str] = []
+    write = dpo_lightning.data.table._write
+
+    def spy(folder, source, *args):
+        sources.append(str(source))
+        write(folder, source, *args)
+
+    monkeypatch.setattr(dpo_lightning.data.table, "_write", spy)
+    return sources
+
+
+SAME = [
+    {"batch_size": 2},
+    {"val_batch_size": 1},
+    {"num_workers": 1},
+    {"num_proc": 2},
+    {"strict": True},
+    {"val": None, "val_fraction": 0.5},
+]
+
+
+@pytest.mark.parametrize("change", SAME, ids=lambda change: "-".join(change))
+def test_what_does_not_change_tokens_finds_them(data, own_cache, written, change):
+    usual = {"train": pairs(6), "val": pairs(3, "q")}
+    data(**usual).setup("fit")
+    assert written == ["6 rows in memory", "3 rows in memory"]
+    torch.manual_seed(7)
+    again = data(**{**usual, **change})
+    again.setup("fit")
+    assert written == ["6 rows in memory", "3 rows in memory"]
+    assert {report.origin for report in again.reports} == {"tokens found in the cache"}
+
+
+def test_what_changes_tokens_makes_them_anew(data, makes, own_cache, written):
+    data(pairs(6)).setup("fit")
+    changes = [
+        {"max_length": 64},
+        {"max_prompt_length": 64},
+        {"truncation": "drop"},
+        {"truncation_side": "right"},
+        {"num_responses": 1},
+        {"chat": Chat(texts=True, template="package:data/templates/transcript.jinja")},
+        {"chat": Chat(texts=True, template="package:data/templates/alpaca.jinja")},
+        {"format": Pairs(rejected="chosen", chosen="rejected")},
+        {"tokenizer": makes["gpt2"].tokenizer},
+        {"train": pairs(7)},
+    ]
+    for number, change in enumerate(changes, start=2):
+        for _ in range(2):
+            data(**{"train": pairs(6), **change}).setup("fit")
+            assert len(written) == number
+
+
+def test_a_trainer_prepares_each_source_once(data, own_cache, written):
+    module = data(pairs(6), pairs(3, "q"), pairs(2, "t"))
+    recorder = Recorder()
+    trainer(max_epochs=2).fit(recorder, datamodule=module)
+    assert written == ["6 rows in memory", "3 rows in memory"]
+    assert not any("found in the cache" in report.origin for report in module.reports)
+    trainer().validate(recorder, datamodule=module)
+    trainer().fit(recorder, datamodule=module)
+    assert len(written) == 2
+    trainer().test(recorder, datamodule=module)
+    trainer().predict(recorder, datamodule=module)
+    assert written[2:] == ["2 rows in memory"]
+    assert module._prepared == {}
+    other = data(pairs(6), pairs(3, "q"))
+    trainer().fit(Recorder(), datamodule=other)
+    assert len(written) == 3
+    assert {report.origin for report in other.reports} == {"tokens found in the cache"}
+
+
+class Unnamed(Rows):
+    """Rows that nobody can name."""
+
+    def fingerprint(self):
+        return None
+
+
+@pytest.mark.parametrize("how", ["no cache", "no fingerprint"])
+def test_without_a_cache_a_trainer_tokenises_once_and_leaves_nothing(data, own_cache, written, how):
+    rows = Rows(pairs(6)) if how == "no cache" else Unnamed(pairs(6))
+    module = data(rows, Unnamed(pairs(3, "q")), cache=how != "no cache", num_workers=1)
+    recorder = Recorder()
+    for _ in range(2):
+        trainer().fit(recorder, datamodule=module)
+        trainer().validate(recorder, datamodule=module)
+    assert written == ["6 rows in memory", "3 rows in memory"]
+    assert [sorted(batch) for batch in recorder.seen["train"]] == [list(range(1, 7))] * 2
+    assert not own_cache.exists()
+
+
+def test_the_number_of_processes_changes_nothing(data, own_cache):
+    rows = [*pairs(3), {"prompt": "p", "chosen": "same", "rejected": "same"}, *pairs(3, "q")]
+    modules = [data(rows, cache=False, num_proc=number) for number in (None, 2)]
+    for module in modules:
+        module.setup("fit")
+    assert list(modules[0].examples["train"]) == list(modules[1].examples["train"])
+    assert str(modules[0].reports[0]).splitlines()[4:] == str(modules[1].reports[0]).splitlines()[4:]
+
+
+@pytest.mark.parametrize("num_proc", [0, -1])
+def test_the_number_of_processes_is_checked(data, num_proc):
+    with pytest.raises(UsageError, match=f"`num_proc` must be 1 or more, got {num_proc}."):
+        data(pairs(2), num_proc=num_proc)
+
+
+def test_reports_lie_beside_the_logs_of_a_run(data, tmp_path):
+    module = data(pairs(4), pairs(2, "q"), pairs(1, "t"))
+    fit = trainer(logger=True, default_root_dir=tmp_path / "fit", log_every_n_steps=1)
+    fit.fit(Recorder(), datamodule=module)
+    saved = json.loads((Path(fit.log_dir) / "data_report.json").read_text())
+    assert [(report["split"], report["kept"]) for report in saved] == [("train", 4), ("val", 2)]
+    trainer(logger=True, default_root_dir=tmp_path / "test").test(Recorder(), datamodule=module)
+    (path,) = (tmp_path / "test").rglob("data_report.json")
+    assert [report["split"] for report in json.loads(path.read_text())] == ["train", "val", "test"]
+
+
+# Two processes.
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs a PyTorch with gloo")
+def test_two_ranks_tokenise_once_and_share_every_batch(tmp_path):
+    script = Path(__file__).with_name("two_ranks_read.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    command = [sys.executable, str(script), str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, timeout=120, capture_output=True)
+    # Two sources to train on and one to validate, each tokenised by one process and found by the other.
+    made = (tmp_path / "made.txt").read_text().splitlines()
+    assert sorted(source for source, _ in map(str.split, made)) == ["a.jsonl", "b.jsonl", "val.jsonl"]
+    assert {rank for _, rank in map(str.split, made)} == {"0"}
+    ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["examples"] == ranks[1]["examples"]
+    assert [len(ranks[0]["examples"][split]) for split in ("train", "val")] == [12 + 9, 3]
+    assert [rank["origins"] for rank in ranks] == [3 * ["tokenised"], 3 * ["tokens found in the cache"]]
+    for batches in zip(*(rank["train"] for rank in ranks), strict=True):
+        assert [len(batch) for batch in batches] == [2, 2]
+    for epoch in (0, 1):  # each 3 + 9 examples, in batches of 4
+        seen = [prompt for rank in ranks for batch in rank["train"][3 * epoch : 3 * epoch + 3] for prompt in batch]
+        assert len(set(seen)) == 12
+        assert Counter(prompt[0] for prompt in seen) == {"a": 3, "b": 9}
+    assert sorted(prompt for rank in ranks for batch in rank["val"] for prompt in batch) == ["v0", "v1", "v2"]
+    # A stream is read by both, who agree on what is dropped.
+    one = [sorted([*first, *second]) for first, second in zip(*(rank["stream"] for rank in ranks), strict=True)]
+    assert [len(batch) for batch in one] == [4] * 5
+    assert one == json.loads((tmp_path / "alone.json").read_text())
+    assert ranks[0]["report"] == ranks[1]["report"]
+    assert ranks[0]["report"]["kept"] == 20
+    (path,) = tmp_path.rglob("data_report.json")
+    assert json.loads(path.read_text()) == [ranks[0]["report"]]
+
+
 # Refusals.
 
 
@@ -274,7 +553,7 @@ def test_a_source_without_examples_is_refused_with_its_counts(data):
     first, *table = str(caught.value).splitlines()
     assert first == "Of 1 rows in memory no row is left to use."
     assert table[0] == "train: 1 rows in memory"
-    assert any(line.split() == "dropped 1 equal responses (row 1)".split() for line in table)
+    assert any(line.split() == ["dropped", "1", "equal", "responses", "(row", "1)"] for line in table)
 
 
 class Ranks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -30,6 +31,13 @@ def epochs(source: ResumableLoader, num: int) -> list[list[list[int]]]:
 
 def flat(epoch: list[list[int]]) -> list[int]:
     return [row for batch in epoch for row in batch]
+
+
+def mixed(*parts: tuple[int, int], batch_size: int = 4, shuffle: bool = True, epoch: int = 0, **kwargs):
+    """A loader over sources of given sizes, of which an epoch takes so many."""
+    examples = [TokenizedExample([1], [[2]], row) for row in range(sum(size for size, _ in parts))]
+    sampler = GlobalBatchSampler(parts, batch_size, shuffle=shuffle, **kwargs)
+    return ResumableLoader(examples, sampler, epoch=epoch)
 
 
 def resumed(state, **kwargs) -> ResumableLoader:
@@ -195,3 +203,74 @@ def test_ranks_go_on_from_the_state_of_rank_0_and_in_another_number():
     assert rows(whole) == expected[0][1:]
     for batch, *parts in zip(expected[0][1:], *map(rows, halves), strict=True):
         assert sorted(flat(parts)) == sorted(batch)
+
+
+# Several sources.
+
+
+def test_an_epoch_takes_so_many_of_each_source():
+    source = mixed((20, 3), (5, 5), (7, 2))
+    assert len(source) == 3
+    seen = [flat(epoch) for epoch in epochs(source, 200)]
+    for epoch in seen:
+        assert len(set(epoch)) == len(epoch) == 10
+        assert [sum(low <= row < high for row in epoch) for low, high in ((0, 20), (20, 25), (25, 32))] == [3, 5, 2]
+    # Which of them, and in which order, is another matter every time.
+    assert len(set(map(tuple, seen))) == 200
+    assert len({frozenset(epoch) for epoch in seen}) > 190
+    counts = Counter(row for epoch in seen for row in epoch)
+    assert all(10 <= counts[row] <= 60 for row in range(20))  # 30 on the mean
+    assert all(counts[row] == 200 for row in range(20, 25))
+    assert all(30 <= counts[row] <= 90 for row in range(25, 32))  # 57 on the mean
+
+
+def test_sources_are_mixed_within_an_epoch():
+    places = [
+        place for epoch in epochs(mixed((50, 50), (50, 50)), 20) for place, row in enumerate(flat(epoch)) if row < 50
+    ]
+    assert 47 < sum(places) / len(places) < 52
+    assert max(places) - min(places) > 90
+
+
+def test_sources_taken_whole_are_a_permutation():
+    assert sorted(flat(rows(mixed((3, 3), (8, 8))))) == list(range(11))
+    # One source alone is in the order that it always had.
+    assert rows(mixed((11, 11))) == rows(loader())
+
+
+def test_without_shuffling_sources_stand_behind_each_other():
+    source = mixed((4, 2), (9, 3), shuffle=False)
+    assert epochs(source, 2) == 2 * [[[0, 1, 4, 5], [6]]]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_partition_mixed_batches(world_size):
+    for epoch in range(3):
+        parts = (20, 5), (9, 9)
+        whole = rows(mixed(*parts, epoch=epoch))
+        shares = [rows(mixed(*parts, epoch=epoch, rank=rank, world_size=world_size)) for rank in range(world_size)]
+        # 14 = 4 + 4 + 4 + 2, and 2 are no four equal shares.
+        assert [len(batch) for batch in whole] == [4, 4, 4, 2]
+        assert {len(share) for share in shares} == {4 if world_size == 2 else 3}
+        for batch, *together in zip(whole, *shares, strict=world_size == 2):
+            assert sorted(flat(together)) == sorted(batch)
+
+
+def test_a_mixed_loader_goes_on_with_the_very_next_batch():
+    parts = (20, 5), (9, 9)
+    expected = epochs(mixed(*parts), 3)
+    source = mixed(*parts)
+    rows(source)
+    rows(islice(iter(source), 2))
+    after = mixed(*parts, seed=99)
+    after.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert epochs(after, 2) == [expected[1][2:], expected[2]]
+    # Other shares are other data.
+    with pytest.raises(UsageError, match="with training examples 14, now training examples 15"):
+        mixed((20, 6), (9, 9)).load_state_dict(source.state_dict())
+
+
+def test_the_place_in_a_stream_is_none_in_an_epoch():
+    state = {"position": 1, "taken": 4, "seed": 0, "batch_size": 4, "buffer": 9}
+    with pytest.raises(UsageError, match="with training examples None, now training examples 11"):
+        loader().load_state_dict(state)

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from dpo_lightning.functional.preference import (
+    best_of_k_nll,
     bradley_terry_nll,
+    discopop_loss,
+    exo_pair_loss,
     hinge_preference_loss,
     implicit_rewards,
     plackett_luce_nll,
+    quantile_margins,
     robust_bradley_terry_nll,
     squared_preference_loss,
 )
@@ -94,6 +98,43 @@ def test_hinge_by_hand(margin, expected):
     assert hinge_preference_loss(double([margin])).item() == expected
 
 
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("epsilon", [1e-3, 0.2])
+def test_exo_by_hand_is_a_divergence(margin, epsilon):
+    right = 1 / (1 + math.exp(-margin))
+    expected = right * math.log(right / (1 - epsilon)) + (1 - right) * math.log((1 - right) / epsilon)
+    assert exo_pair_loss(double([margin]), epsilon).item() == pytest.approx(expected, rel=1e-12)
+    assert expected > 0
+
+
+@pytest.mark.parametrize(("margin", "tau"), [(-3.0, 0.05), (-0.02, 0.05), (0.0, 0.5), (0.03, 0.05), (3.0, 0.05)])
+def test_discopop_by_hand(margin, tau):
+    blend = 1 / (1 + math.exp(-margin / tau))
+    expected = (1 - blend) * math.log1p(math.exp(-margin)) + blend * math.exp(-margin)
+    assert discopop_loss(double([margin]), tau).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_discopop_is_logistic_on_the_left_and_exponential_on_the_right():
+    assert discopop_loss(double([-5.0]), 0.05).item() == pytest.approx(math.log1p(math.exp(5.0)))
+    assert discopop_loss(double([5.0]), 0.05).item() == pytest.approx(math.exp(-5.0))
+
+
+def test_quantile_margins_by_hand():
+    # Counted: 3, 1, 2 against 0, 5, -1, which in order are -1, 0, 5.
+    counted = torch.tensor([True, True, False, True])
+    got = quantile_margins(double([3.0, 1.0, 99.0, 2.0]), double([0.0, 5.0, -99.0, -1.0]), counted)
+    assert got.tolist() == [3.0 - 5.0, 1.0 - -1.0, 0.0, 2.0 - 0.0]
+
+
+def test_gradients_of_quantile_margins_reach_both_samples():
+    first, second = double([3.0, 1.0, 2.0]).requires_grad_(), double([0.0, 5.0, -1.0]).requires_grad_()
+    counted = torch.tensor([True, True, True])
+    assert torch.autograd.gradcheck(lambda u, v: quantile_margins(u, v, counted), (first, second))
+    (quantile_margins(first, second, counted) * double([1.0, 10.0, 100.0])).sum().backward()
+    assert first.grad.tolist() == [1.0, 10.0, 100.0]
+    assert second.grad.tolist() == [-100.0, -1.0, -10.0]
+
+
 def test_a_ranking_of_three_by_hand():
     a, b, c = math.exp(1.0), math.exp(-0.5), math.exp(0.2)
     expected = -math.log(a / (a + b + c)) - math.log(b / (b + c))
@@ -122,6 +163,18 @@ def test_a_ranking_of_two_is_bradley_terry():
     torch.testing.assert_close(got, bradley_terry_nll(rewards[:, 0] - rewards[:, 1]))
 
 
+def test_the_best_of_k_by_hand_is_the_first_factor_of_a_ranking():
+    rewards = double([[1.0, -0.5, 0.2], [0.7, 0.1, 99.0], [3.0, -99.0, 99.0]])
+    present = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    total = math.exp(1.0) + math.exp(-0.5) + math.exp(0.2)
+    expected = [math.log(total) - 1.0, math.log1p(math.exp(-0.6)), 0.0]
+    torch.testing.assert_close(best_of_k_nll(rewards, present), double(expected))
+    rest = plackett_luce_nll(rewards[:, 1:], present[:, 1:])
+    torch.testing.assert_close(best_of_k_nll(rewards, present) + rest, plackett_luce_nll(rewards, present))
+    gradient = gradient_of(lambda values: best_of_k_nll(values, present), rewards)
+    assert torch.equal(gradient != 0, torch.tensor([[True] * 3, [True, True, False], [False] * 3]))
+
+
 def test_a_ranking_knows_no_common_shift():
     assert ranking(1.0, -0.5, 0.2) == pytest.approx(ranking(101.0, 99.5, 100.2), rel=1e-12)
 
@@ -133,6 +186,8 @@ def test_a_ranking_knows_no_common_shift():
         lambda margin: bradley_terry_nll(margin, 0.2),
         lambda margin: robust_bradley_terry_nll(margin, 0.2),
         lambda margin: squared_preference_loss(margin, 0.1),
+        lambda margin: exo_pair_loss(margin, 0.01),
+        lambda margin: discopop_loss(margin, 0.9),  # at 0.05 there is a hump at zero
         hinge_preference_loss,
     ],
 )
@@ -158,8 +213,13 @@ def test_extreme_margins_stay_finite_and_right_in_fp32():
     margin = torch.tensor([-1e4, 1e4])
     assert bradley_terry_nll(margin).tolist() == [1e4, 0.0]
     assert gradient_of(bradley_terry_nll, margin).tolist() == [-1.0, 0.0]
+    assert exo_pair_loss(margin, 1e-3).tolist() == pytest.approx([-math.log(1e-3), -math.log(1 - 1e-3)], rel=1e-4)
+    assert discopop_loss(margin, 0.05).tolist() == [1e4, 0.0]
+    for function in (lambda values: exo_pair_loss(values, 1e-3), lambda values: discopop_loss(values, 0.05)):
+        assert gradient_of(function, margin).isfinite().all()
     present = torch.ones(2, 3, dtype=torch.bool)
     rewards = torch.tensor([[0.0, 1e4, -1e4], [1e4, 0.0, -1e4]])
+    assert best_of_k_nll(rewards, present).tolist() == [1e4, 0.0]
     assert plackett_luce_nll(rewards, present).tolist() == [1e4, 0.0]
     gradient = gradient_of(lambda values: plackett_luce_nll(values, present), rewards)
     # logcumsumexp differentiates by differences of logarithms, and fp32 numbers near 1e4 lie 0.001 apart.

@@ -97,7 +97,7 @@ def test_log_probabilities_of_the_test_models_are_far_from_flat(family, separate
 def test_either_layout_equals_separate_sequences_and_so_do_its_gradients(family, layout, separately):
     model, expected, expected_gradients = separately(family)
     policy = CausalPolicy(model, layout)
-    logps = policy.token_logps(collate(EXAMPLES))
+    logps = policy(collate(EXAMPLES)).token
     torch.testing.assert_close(logps, expected, atol=TOLERANCE, rtol=0)
     assert_same_gradients(gradients(model, logps), expected_gradients)
 
@@ -107,9 +107,7 @@ def test_a_model_that_reads_streams_reads_padded_rows_too(family, separately):
     model, expected, _ = separately(family)
     CausalPolicy(model, "stream")
     assert model.config._attn_implementation == ATTENTION
-    torch.testing.assert_close(
-        CausalPolicy(model, "rows").token_logps(collate(EXAMPLES)), expected, atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(CausalPolicy(model, "rows")(collate(EXAMPLES)).token, expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(separate_logps(model, EXAMPLES), expected, atol=TOLERANCE, rtol=0)
 
 
@@ -138,7 +136,7 @@ def test_batches_of_any_shape_equal_separate_sequences(sizes, layout, separately
     model, _, _ = separately("mistral")
     with torch.no_grad():
         expected = separate_logps(model, examples)
-        logps = CausalPolicy(model, layout).token_logps(collate(examples))
+        logps = CausalPolicy(model, layout)(collate(examples)).token
     torch.testing.assert_close(logps, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -170,7 +168,7 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(family, lay
     last.register_forward_pre_hook(lambda *_: runs.append(1))
     model.activation_checkpointing_enable({"use_reentrant": False})
     policy = CausalPolicy(model, layout).train()
-    logps = policy.token_logps(collate(EXAMPLES))
+    logps = policy(collate(EXAMPLES)).token
     assert len(runs) == 1
     torch.testing.assert_close(logps, expected, atol=TOLERANCE, rtol=0)
     assert_same_gradients(gradients(model, logps), expected_gradients)
