@@ -132,7 +132,8 @@ class LogSamples(Callback):
             figures["positive_distinct"] = distinct(positive)
         whole_distribution = self.temperature == 1 and self.top_p == 1
         if whole_distribution and isinstance(module, DPOModule) and module.loss.needs_reference:
-            figures["kl"] = sequence_kl(module, continuations)
+            # A reference that knows sums alone knows no other texts than those of the data.
+            figures |= {} if module.reference.sums_alone else {"kl": sequence_kl(module, continuations)}
         return figures
 
     def _log(self, trainer: Trainer, continuations: Sequence[Continuation], figures: dict[str, float]) -> None:

@@ -168,8 +168,14 @@ class Tokenization:
         if not prompt and bos is not None:
             prompt = [bos]
             responses = [response.without_begin(bos) for response in responses]
+        elif not prompt and len(responses) == 1 and len(responses[0].ids) > 1:
+            # Plain text without a begin token: its own first token is given, and the others are learned.
+            prompt, responses = responses[0].ids[:1], [responses[0].from_second()]
         if not prompt:
-            raise UnusableRow(NO_PROMPT, "it has no tokens, and the tokenizer has no begin token.")
+            raise UnusableRow(
+                NO_PROMPT,
+                "it has no tokens, the tokenizer has no begin token, and responses to compare need one before them.",
+            )
         kept = self._cut_prompt(prompt)
         room = self.max_length - len(kept)
         cut = [response.cut(room) for response in responses]
@@ -243,7 +249,10 @@ class _Response(NamedTuple):
         return self._replace(ids=self.ids[: max(room, 0)], scored=self.scored[: max(room, 0)])
 
     def without_begin(self, bos: int) -> _Response:
-        return self._replace(ids=self.ids[1:], scored=self.scored[1:]) if self.ids[:1] == [bos] else self
+        return self.from_second() if self.ids[:1] == [bos] else self
+
+    def from_second(self) -> _Response:
+        return self._replace(ids=self.ids[1:], scored=self.scored[1:])
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LINEAR_FROM = 10.0
-"""Exponent from which exponentials go on as their tangent: their gradient, at most e^10 = 22026, is a number in fp16."""
+"""Exponent from which exponentials go on as their tangent: their slope, at most e^10 = 22026, is a number in fp16."""
 
 
 def reverse_kl_slope(log_ratio: Tensor) -> Tensor:

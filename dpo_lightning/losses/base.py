@@ -100,7 +100,7 @@ class LogRatioLoss(PreferenceLoss):
         beta: Strength of the pull towards the reference; larger stays closer.
     """
 
-    advice: ClassVar[str] = "0.1 is usual"
+    advice: ClassVar[str] = "0.1 is usual"  # what an error recommends
 
     beta: float = 0.1
 

@@ -53,6 +53,7 @@ class LoRA:
             UsageError: If peft refuses the settings, or there is no such adapter.
         """
         import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         model.requires_grad_(False)
         try:
@@ -62,8 +63,14 @@ class LoRA:
                 settings = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
                 targets = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
                 model.add_adapter(peft.LoraConfig(**{**settings, **targets, **self.options}), TRAINED)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"`policy.lora`: peft does not take this: {error}") from error
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise UsageError(
+                "`policy.lora`: log-probabilities are computed in chunks from the weight of the output head alone, so "
+                "it takes no adapter. Leave it out of `target_modules`; `options: {modules_to_save: [lm_head]}` "
+                "trains it whole."
+            )
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -84,13 +91,19 @@ def base_fingerprint(model: nn.Module) -> str:
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose weights have taken up the trained adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge(adapter_names=[TRAINED])
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+            whole = layer.get_base_layer()
+        elif isinstance(layer, ModulesToSaveWrapper):
+            whole = layer.modules_to_save[TRAINED]
+        else:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, whole)
     model.delete_adapter(list(model.peft_config))
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -12,8 +12,17 @@ FINGERPRINT_ELEMENTS = 65_536
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's weights: names, shapes and up to 65,536 evenly spaced elements of every tensor."""
-    return digest_of(model.named_parameters())
+    """Digest of a model's weights: names, shapes and up to 65,536 evenly spaced elements of every tensor.
+
+    A new adapter adds nothing, since one of its factors is zero; the other is random, so both are left out.
+    """
+    weights = dict(model.named_parameters())
+    return digest_of((name, weight) for name, weight in weights.items() if not _adds_nothing(name, weights))
+
+
+def _adds_nothing(name: str, weights: Mapping[str, Tensor]) -> bool:
+    place, factor, adapter = name.rpartition(".lora_A.") if ".lora_A." in name else name.rpartition(".lora_B.")
+    return bool(factor) and not weights[f"{place}.lora_B.{adapter}"].any()
 
 
 def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:

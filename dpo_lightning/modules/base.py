@@ -89,12 +89,20 @@ class PolicyModule(LightningModule):
         """The metric that collects a stage: fit, validate or test."""
         return self.metrics[stage]
 
+    def setup(self, stage: str) -> None:
+        """Find out what cannot be done before any weight is loaded."""
+        if stage == "fit" and self.spec.quantize is not None and self.spec.lora is None:
+            raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+
     def configure_model(self) -> None:
         """Build the policy, unless there is one."""
         if self.policy is None:
             self.policy = self.load(self.spec)
             self._warn_of_rounding()
             self._hide_constants_from_ddp()
+        # Now, since a strategy may cast the weights later.
+        if self.spec.lora is not None and self._trainer is not None and self._base_fingerprint is None:
+            self._base_fingerprint = base_fingerprint(self.policy)
 
     def load(self, spec: PolicySpec) -> CausalPolicy:
         """Build a model for this module's device and precision."""

@@ -71,7 +71,6 @@ class DPOModule(PolicyModule):
             )
         self.reference_policy = None
         self._reference_checked = self._holds_trained_weights = False
-        self._last_step = 0
         self._expected_fingerprint: str | None = None
         # No buffer: a strategy may cast those to 16 bits, in which a count stops at 256.
         self._loss_sums = torch.zeros(self.loss.num_sums)
@@ -83,6 +82,7 @@ class DPOModule(PolicyModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
+        super().setup(stage)
         if self.loss.needs_reference:
             self.reference.check(self.spec)
         split = self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches > 1
@@ -118,11 +118,7 @@ class DPOModule(PolicyModule):
     def on_train_start(self) -> None:
         """Every fit checks the reference anew."""
         super().on_train_start()
-        self._reference_checked, self._last_step = False, self.trainer.global_step
-
-    def on_train_end(self) -> None:
-        """Another fit of this module goes on against the same reference, as one from a checkpoint does."""
-        self._holds_trained_weights = True
+        self._reference_checked = False
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss over the examples of a batch."""
@@ -140,8 +136,8 @@ class DPOModule(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredResponses:
         """Implicit reward of every response: a trained policy is a reward model."""
-        policy = self(batch)
-        return ScoredResponses(batch.row, self.loss.rewards(policy, self.reference_logps(batch)), batch.length)
+        policy, reference = self.scores(batch)
+        return ScoredResponses(batch.row, self.loss.rewards(policy, reference), batch.length)
 
     def scores(self, batch: PreferenceBatch) -> tuple[Logps, Logps | None]:
         """What policy and reference say of a batch, with all that the loss asks for."""
@@ -159,18 +155,21 @@ class DPOModule(PolicyModule):
         self._build_reference()
         return self.reference_policy(batch)  # type: ignore[misc]
 
-    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Let a reference that follows the policy do so, behind every optimizer step."""
-        if self.trainer.global_step > self._last_step and self.reference_policy is not None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let a reference that follows the policy do so, before a callback can save a checkpoint."""
+        step = self.trainer.global_step + 1
+        super().optimizer_step(*args, **kwargs)
+        # Another fit of this module goes on against the same reference, as one from a checkpoint does.
+        self._holds_trained_weights = True
+        if self.reference_policy is not None:
             assert self.policy is not None
-            self.reference_policy.after_step(self.policy, self.trainer.global_step)
-        self._last_step = self.trainer.global_step
+            self.reference_policy.after_step(self.policy, step)
 
     def is_left_out(self, name: str) -> bool:
-        """A reference that does not change is built again, not saved."""
+        """A reference that does not change is built again, not saved; of one that does, what is saved of the policy."""
         reference = self.reference_policy
         fixed = reference is None or not reference.in_checkpoints
-        return (fixed and name.startswith(REFERENCE)) or super().is_left_out(name)
+        return (fixed and name.startswith(REFERENCE)) or super().is_left_out(name.removeprefix(REFERENCE))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's fingerprint instead of its weights."""
@@ -184,6 +183,8 @@ class DPOModule(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """From here on the policy in memory is a trained one, and no longer its own reference."""
         super().on_load_checkpoint(checkpoint)
+        if any(name.startswith(REFERENCE) for name in checkpoint["state_dict"]):
+            self._build_reference()  # its weights are to be loaded too
         self._holds_trained_weights = True
         self._expected_fingerprint = checkpoint.get(FINGERPRINT)
         sums = checkpoint.get(LOSS_SUMS, [])
@@ -225,8 +226,9 @@ class DPOModule(PolicyModule):
 
     @torch.no_grad()
     def _score(self, policy: CausalPolicy, batch: PreferenceBatch) -> Logps:
-        policy.to(self.device)
-        with self.trainer.precision_plugin.forward_context():
+        plugin = self.trainer.precision_plugin
+        plugin.convert_module(policy.to(self.device))
+        with plugin.forward_context():
             return policy(self.transfer_batch_to_device(batch, self.device, 0))
 
     def _build_reference(self) -> None:
@@ -235,14 +237,14 @@ class DPOModule(PolicyModule):
         if self.policy is None:
             super().configure_model()
         assert self.policy is not None
-        numerics = f"{self.spec.dtype} {self._compute_dtype()}"
+        precision = "32-true" if self._trainer is None else self.trainer.precision
         found = Circumstances(
             self.spec,
             self.policy,
             self._initial_policy,
             self.load,
             self._target_device(),
-            numerics,
+            f"{self.spec.dtype} {precision}",
             self._expected_fingerprint,
         )
         self.reference_policy = self.reference.build(found).to(self.device)
@@ -256,7 +258,8 @@ class DPOModule(PolicyModule):
 
     def _compare_fingerprint(self) -> None:
         assert self.reference_policy is not None
-        if self._expected_fingerprint in (None, self.reference_policy.fingerprint):
+        same = self._expected_fingerprint in (None, self.reference_policy.fingerprint)
+        if same or self.reference_policy.in_checkpoints:
             return
         message = (
             f"The reference that this checkpoint was trained against is not the one found now ({self.reference}, "

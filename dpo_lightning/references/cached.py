@@ -85,11 +85,8 @@ class CachedReference(ReferenceModel):
         self.folder, self.fingerprint = folder, folder.name
         self._scorer = scorer
         self._known = np.empty(0, np.int64)
-        for name, kind in (("digest", torch.int64), ("total", torch.float32), ("length", torch.int64)):
-            self.register_buffer(name, torch.empty(0, dtype=kind), persistent=False)
-        self.digest: Tensor
-        self.total: Tensor
-        self.length: Tensor
+        # No buffers: a strategy may cast those to 16 bits.
+        self._scores: tuple[Tensor, Tensor, Tensor] | None = None
 
     def prepare(self, examples: Scorable | None, run: Run) -> None:
         """Score what the folder lacks, each rank its share, and take up the folder.
@@ -102,16 +99,14 @@ class CachedReference(ReferenceModel):
                 "Cached scores the examples of a PreferenceDataModule before training, and there is none; use "
                 "FrozenCopy with other data."
             )
-        wanted = examples.digests()
-        if len(self._known) and np.isin(wanted, self._known).all():
+        if len(self._known) and np.isin(examples.digests(), self._known).all():
             return
         known = self._read()["digest"].to_numpy()
         run.barrier()  # nobody writes before all have read
-        if not np.isin(wanted, known).all():
-            self._score(examples, known, run)
+        self._score(examples, known, run)
         run.barrier()
         self._take_up(self._read())
-        missing = ~np.isin(wanted, self._known)
+        missing = ~np.isin(examples.digests(), self._known)
         if missing.any():
             raise UsageError(
                 f"{self.folder}: {missing.sum():,} examples have no scores though all were scored just now. With "
@@ -124,24 +119,28 @@ class CachedReference(ReferenceModel):
         Raises:
             UsageError: If an example has none; on a GPU, where asking would make it wait, such scores are nan.
         """
-        if not len(self.digest) or batch.digest is None:
+        if self._scores is None or batch.digest is None:
             raise UsageError("Cached knows the examples of a PreferenceDataModule alone, and those in a Trainer.")
-        place = torch.searchsorted(self.digest, batch.digest).clamp(max=len(self.digest) - 1)
-        width = min(batch.length.shape[1], self.length.shape[1])
-        length, total = self.length[place], self.total[place]
-        absent = batch.length.new_zeros(len(place), self.length.shape[1] - width)
-        found = (self.digest[place] == batch.digest) & (length == torch.cat([batch.length, absent], 1)).all(1)
-        if batch.digest.device.type == "cpu" and not found.all():
+        device = batch.digest.device
+        digests, totals, lengths = (values.to(device) for values in self._scores)
+        self._scores = digests, totals, lengths
+        place = torch.searchsorted(digests, batch.digest).clamp(max=len(digests) - 1)
+        width = min(batch.length.shape[1], lengths.shape[1])
+        length, total = lengths[place], totals[place]
+        absent = batch.length.new_zeros(len(place), lengths.shape[1] - width)
+        found = (digests[place] == batch.digest) & (length == torch.cat([batch.length, absent], 1)).all(1)
+        if device.type == "cpu" and not found.all():
             rows = batch.row[~found].tolist()
             raise UsageError(f"{self.folder} has no scores for the tokens of rows {', '.join(map(str, rows[:5]))}.")
         return Logps(torch.where(found[:, None], total[:, :width], torch.nan), batch.length)
 
     def _score(self, examples: Scorable, known: np.ndarray, run: Run) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        policy, rows = self._scorer(), list[dict[str, Any]]()
-        training = policy.training
-        policy.eval()
+        policy, rows = None, list[dict[str, Any]]()
         for batch in examples.unscored(known, run.rank, run.world_size):
+            if policy is None:
+                policy = self._scorer()
+                training = policy.training
+                policy.eval()
             logps = run.score(policy, batch)
             assert batch.digest is not None
             columns = (batch.digest.tolist(), logps.total.tolist(), batch.length.tolist())
@@ -150,12 +149,14 @@ class CachedReference(ReferenceModel):
                 self._write(rows)
                 rows = []
         self._write(rows)
-        policy.train(training)
+        if policy is not None:
+            policy.train(training)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """A file that is there whole or not at all, so that a run that is killed goes on from the last one."""
         if not rows:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         name = uuid.uuid4().hex
         table = pa.Table.from_pylist(rows, SCORES.with_metadata({MARK: self.fingerprint.encode()}))
         pq.write_table(table, self.folder / f"{name}.unfinished", write_page_checksum=True)
@@ -171,7 +172,7 @@ class CachedReference(ReferenceModel):
                     f"{path} is damaged: {error}. Delete the file: what it held is scored anew."
                 ) from error
             mark = (table.schema.metadata or {}).get(MARK, b"").decode()
-            if mark != self.fingerprint or table.schema.names != SCORES.names:
+            if mark != self.fingerprint or table.schema.remove_metadata() != SCORES:
                 raise UsageError(
                     f"{path} does not hold scores of this reference ({mark or 'it names none'} in place of "
                     f"{self.fingerprint}). Take the file away."
@@ -183,7 +184,10 @@ class CachedReference(ReferenceModel):
         digests, first = np.unique(table["digest"].to_numpy(), return_index=True)
         rows = table.take(first)
         width = max(map(len, rows["length"].to_pylist()), default=1)
-        for name in ("total", "length"):
-            padded = [values + [0] * (width - len(values)) for values in rows[name].to_pylist()]
-            setattr(self, name, torch.tensor(padded).view(len(digests), width).to(getattr(self, name)))
-        self.digest, self._known = torch.from_numpy(digests).to(self.digest), digests
+
+        def padded(name: str, dtype: torch.dtype) -> Tensor:
+            values = [row + [0] * (width - len(row)) for row in rows[name].to_pylist()]
+            return torch.tensor(values, dtype=dtype).view(len(digests), width)
+
+        self._scores = torch.from_numpy(digests), padded("total", torch.float32), padded("length", torch.int64)
+        self._known = digests

@@ -49,14 +49,15 @@ class FrozenCopy(Reference):
         """A deep copy, or the model at the path."""
         if self.path is None and self.quantize is None:
             policy = copy.deepcopy(found.initial())
+            if self.dtype is not None:
+                policy.to(getattr(torch, self.dtype))
         else:
             policy = found.load(self._spec(found.spec))
-        if self.dtype is not None and self.quantize is None:
-            policy.to(getattr(torch, self.dtype))
         return OffloadedPolicy(policy, found.device) if self.offload else FrozenPolicy(policy)
 
     def _spec(self, spec: PolicySpec) -> PolicySpec:
         spec = spec if self.path is None else at(spec, self.path, self.revision)
+        spec = spec if self.dtype is None else dataclasses.replace(spec, dtype=self.dtype)
         return spec if self.quantize is None else dataclasses.replace(spec, quantize=self.quantize)
 
 

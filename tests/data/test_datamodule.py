@@ -543,7 +543,7 @@ def test_a_loader_before_setup_is_refused(data):
 
 
 def test_a_source_without_rows_is_refused(data):
-    with pytest.raises(UsageError, match="^0 rows in memory holds no rows.$"):
+    with pytest.raises(UsageError, match=r"^0 rows in memory holds no rows\.$"):
         data([]).setup("fit")
 
 

@@ -495,23 +495,44 @@ def test_weights_hold_for_streams(data):
     assert 120 < module.reports[1].kept < 180
 
 
+def loader_of(module: PreferenceDataModule, **kwargs) -> StreamLoader:
+    """The loader without a fit: a mistake found where the Trainer asks for it leaves its patches on DataLoader."""
+    module.trainer = trainer(**kwargs)
+    module.setup("fit")
+    return module.train_dataloader()
+
+
 @pytest.mark.parametrize(
     ("arguments", "how", "message"),
     [
-        ({}, {"max_steps": -1, "max_epochs": 1}, r"^How long a stream is nobody knows: set `trainer\.max_steps`\.$"),
-        ({"num_workers": 2}, {}, r"^A stream is read by one process: `num_workers` must be 0 or 1, got 2\.$"),
-        (
-            {},
-            {"overfit_batches": 2},
-            r"^A stream has no batches to overfit; leave out `data\.init_args\.stream_buffer`",
-        ),
-        ({"strict": True}, {}, r"^20 rows in memory, row \d+: equal responses\n\d of \d examples cannot be used"),
-        ({"format": Pairs(prompt="question")}, {}, r"there is no column 'question'; the rows have 'prompt', 'chosen'"),
+        ({}, {"max_steps": -1, "max_epochs": 1}, "How long a stream is nobody knows: set `trainer.max_steps`."),
+        ({"num_workers": 2}, {}, "A stream is read by one process: `num_workers` must be 0 or 1, got 2."),
+        ({}, {"overfit_batches": 2}, "A stream has no batches to overfit; leave out `data.init_args.stream_buffer`."),
     ],
 )
 def test_what_no_stream_can_do_is_refused(data, arguments, how, message):
+    with pytest.raises(UsageError) as caught:
+        loader_of(data(flawed(20), **arguments), **how)
+    assert str(caught.value) == message
+
+
+def test_without_a_trainer_the_end_is_not_known(data):
+    module = data(flawed(20))
+    module.setup("fit")
+    with pytest.raises(UsageError, match=r"^How long a stream is nobody knows: set `trainer\.max_steps`\.$"):
+        module.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strict": True}, r"^20 rows in memory, row \d+: equal responses\n\d of \d examples cannot be used"),
+        ({"format": Pairs(prompt="question")}, r"there is no column 'question'; the rows have 'prompt', 'chosen'"),
+    ],
+)
+def test_rows_that_are_not_as_they_should_be_end_a_run(data, arguments, message):
     with pytest.raises(UsageError, match=message):
-        fitted(data(flawed(20), **arguments), **how)
+        fitted(data(flawed(20), **arguments))
 
 
 @pytest.mark.parametrize(
@@ -533,7 +554,7 @@ def test_arguments_are_checked_at_once(data, arguments, message):
 def test_mixed_streams_without_weights_are_refused(data):
     parts = [Part(source=Rows(pairs(4))), Part(source=Rows(pairs(4)))]
     with pytest.raises(UsageError, match="A mixture of streams needs a `weight` for every part"):
-        fitted(data(Mixture(parts=parts)))
+        loader_of(data(Mixture(parts=parts)))
 
 
 def test_what_is_not_trained_on_is_no_stream(data):

@@ -108,9 +108,15 @@ def test_an_empty_prompt_is_the_begin_token(makes, name, prompt):
     assert [response[-2:] for response in responses] == [["c", responses[0][-1]], ["xyz", responses[0][-1]]]
 
 
-def test_an_empty_prompt_needs_a_begin_token(makes):
-    assert str(dropped(makes["qwen"], "", "c")) == (
-        f"{NO_PROMPT}: it has no tokens, and the tokenizer has no begin token."
+def test_text_without_a_begin_token_is_learned_from_its_second_token_on(makes):
+    assert only(makes["qwen"], "", "cab") == (["c"], [["ab", "</s>"]])
+    assert only(makes["llama"], "", "cab") == (["<s>"], [["c", "ab", "</s>"]])
+
+
+def test_responses_to_compare_need_something_before_them(makes):
+    assert str(dropped(makes["qwen"], "", "c", "d")) == (
+        f"{NO_PROMPT}: it has no tokens, the tokenizer has no begin token, and responses to compare need one before "
+        "them."
     )
 
 
@@ -483,6 +489,10 @@ def test_prompt_and_responses_are_what_was_written(makes, name, data):
         assert (name == "qwen" and not prompt) or f"{EQUAL} after tokenisation" == result.reason
         return
     (example, noted), end = result, make.tokenizer.eos_token_id
+    if name == "qwen" and not prompt:  # no begin token: the first token of the text is the prompt
+        (response,) = example.response_ids
+        assert [*example.prompt_ids, *response] == [*make.tokenizer(responses[0])["input_ids"], end]
+        return
     assert example.prompt_ids == at_inference(make, prompt)
     assert len(example.response_ids) == len(responses)
     merged = 0

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import MAKES
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from makes import MAKES
 
 from dpo_lightning.data import table
 from dpo_lightning.data.datamodule import PreferenceDataModule
