@@ -16,8 +16,6 @@ from dpo_lightning import cli
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = [*sorted((ROOT / "configs/losses").glob("*.yaml")), *sorted((ROOT / "configs/references").glob("*.yaml"))]
-    (ROOT / "configs" / "references").glob("*.yaml")
-)
 
 
 def command(overlay: Path) -> list[str]:

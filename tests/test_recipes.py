@@ -47,9 +47,10 @@ from dpo_lightning.losses import (
     WPOLoss,
 )
 from dpo_lightning.models import spec
+from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.recipes import from_plain, to_plain
-from dpo_lightning.references import FrozenCopy, Reference
+from dpo_lightning.references import AdaptersOff, Cached, FrozenCopy, Reference, Synced
 
 # Every recipe with every field away from its default.
 RECIPES = [
@@ -89,7 +90,18 @@ RECIPES = [
         ),
         PreferenceLoss,
     ),
-    (FrozenCopy(path="some/model", revision="v1"), Reference),
+    (FrozenCopy(path="some/model", revision="v1", dtype="bfloat16", quantize="8bit", offload=True), Reference),
+    (AdaptersOff(), Reference),
+    (Cached(dir="some/folder", path="some/model", revision="v1"), Reference),
+    (Synced(alpha=1.0, interval=512), Reference),
+    (
+        PolicySpec(
+            path="some/model",
+            lora=LoRA(rank=4, alpha=8.0, target_modules=["q_proj"], options={"use_dora": True}),
+            quantize="4bit",
+        ),
+        PolicySpec,
+    ),
     (
         PolicySpec(
             path="some/model",
@@ -133,9 +145,10 @@ def concrete(module) -> set[type]:
 
 def test_the_list_of_recipes_is_complete():
     assert {type(recipe) for recipe, _ in RECIPES} == {*concrete(losses), *concrete(references), PolicySpec}
-    for recipe, _ in RECIPES:
-        for field in fields(recipe):
-            assert getattr(recipe, field.name) != field.default
+    for kind in {type(recipe) for recipe, _ in RECIPES}:
+        for field in fields(kind):  # some go only one without the other
+            values = [getattr(recipe, field.name) for recipe, _ in RECIPES if type(recipe) is kind]
+            assert any(value != field.default for value in values), (kind, field.name)
 
 
 @pytest.mark.parametrize(("recipe", "base"), RECIPES, ids=lambda value: getattr(value, "__name__", None))
@@ -236,9 +249,8 @@ def test_what_is_no_recipe_of_the_right_kind_is_refused(class_path):
 def test_a_recipe_in_a_recipe_comes_back():
     recipe = Foreign(beta=0.3, reference=FrozenCopy(path="some/model"))
     data = to_plain(recipe)
-    assert data["init_args"]["reference"] == plain(
-        "dpo_lightning.references.FrozenCopy", path="some/model", revision=None
-    )
+    others = {"revision": None, "dtype": None, "quantize": None, "offload": False}
+    assert data["init_args"]["reference"] == plain("dpo_lightning.references.FrozenCopy", path="some/model", **others)
     assert from_plain(json.loads(json.dumps(data)), PreferenceLoss) == recipe
 
 

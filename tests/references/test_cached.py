@@ -110,21 +110,22 @@ def test_a_changed_row_is_scored_anew(tiny_llama, tmp_path, folder, scored):
 
 
 def test_other_scored_tokens_are_scored_anew(tiny_llama, tmp_path, folder, scored):
-    def messages(role):
-        turns = [{"role": "assistant", "content": "a joy"}, {"role": role, "content": "the end"}]
-        return [
-            {
-                "prompt": [{"role": "user", "content": f"the film {i}"}],
-                "chosen": [*turns, {"role": "assistant", "content": "good"}],
-                "rejected": [*turns, {"role": "assistant", "content": "bad"}],
-            }
-            for i in range(4)
-        ]
+    tokenizer = PolicySpec(path=tiny_llama).load_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ ' ' + message.content }}{% endfor %}"  # roles unseen
 
-    for role in ("user", "system"):
-        source = PreferenceDataModule(messages(role), tokenizer=tiny_llama, batch_size=4)
+    def transcripts(role):
+        def transcript(i, *answers):
+            roles = ["user", "assistant", role, "assistant"]
+            texts = [f"the film {i}", answers[0], "the end", answers[1]]
+            return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+        return [{"chosen": transcript(i, "a", "good"), "rejected": transcript(i, "b", "bad")} for i in range(4)]
+
+    for role, count in (("user", 4), ("tool", 0), ("assistant", 4)):
+        source = PreferenceDataModule(transcripts(role), tokenizer=tokenizer, batch_size=4)
         fit(tmp_path, module(tiny_llama, Cached(dir=str(folder))), source, max_steps=1)
-    assert sum(scored) == 8
+        assert sum(scored) == count
+        scored.clear()
 
 
 def test_every_weight_dtype_precision_and_layout_has_scores_of_its_own(tiny_llama, tmp_path, folder, scored):
@@ -346,14 +347,14 @@ def test_dropout_that_is_kept_is_in_no_score(tiny_llama, tmp_path, folder):
 @pytest.mark.parametrize("val", [None, rows(4, 1)])
 def test_a_stream_is_refused(tiny_llama, tmp_path, folder, val):
     source = PreferenceDataModule(rows(16), val, tokenizer=tiny_llama, batch_size=4, stream_buffer=4)
-    with pytest.raises(UsageError, match="examples of a stream cannot be scored before training.*stream_buffer"):
+    with pytest.raises(UsageError, match=r"examples of a stream cannot be scored before training.*stream_buffer"):
         fit(tmp_path, module(tiny_llama, Cached(dir=str(folder))), source)
 
 
 def test_plain_loaders_are_refused(tiny_llama, tmp_path, folder):
     source = data(tiny_llama)
     source.setup("fit")
-    with pytest.raises(UsageError, match="scores the examples of a PreferenceDataModule.*use FrozenCopy"):
+    with pytest.raises(UsageError, match=r"scores the examples of a PreferenceDataModule.*use FrozenCopy"):
         fit(tmp_path, module(tiny_llama, Cached(dir=str(folder))), source.train_dataloader())
 
 
