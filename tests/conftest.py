@@ -93,14 +93,23 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random Llama and a byte-level tokenizer that puts a begin token before a text; it can chat."""
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    return _save_llama(tmp_path_factory.mktemp("tiny") / "llama", width=32)
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, wide enough for the blocks of 64 weights that 4 bits share a scale in."""
+    return _save_llama(tmp_path_factory.mktemp("wide") / "llama", width=64)
+
+
+def _save_llama(folder: Path, width: int) -> str:
     tokenizer = _tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

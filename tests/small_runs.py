@@ -55,7 +55,7 @@ class Losses(Callback):
         self.values, self.logged = [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.values.append(outputs["loss"].item())
+        self.values.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
         self.logged.append({name: value.item() for name, value in trainer.logged_metrics.items()})
 
 

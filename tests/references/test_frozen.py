@@ -79,7 +79,11 @@ def elsewhere(monkeypatch):
     original = torch.Tensor.to
 
     def to(tensor, where, *args, **kwargs):
-        return original(tensor, torch.bfloat16) if isinstance(where, Elsewhere) else original(tensor, where, *args)
+        return (
+            original(tensor, torch.bfloat16)
+            if isinstance(where, Elsewhere)
+            else original(tensor, where, *args, **kwargs)
+        )
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     return Elsewhere()
@@ -137,10 +141,10 @@ def test_half_the_memory_is_reported_not_refused(tiny_llama, tmp_path, caplog):
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
-def test_a_copy_in_few_bits_is_reported_not_refused(tiny_llama, tmp_path, caplog, bits, lora):
+def test_a_copy_in_few_bits_is_reported_not_refused(wide_llama, tmp_path, caplog, bits, lora):
     caplog.set_level(logging.INFO, "dpo_lightning")
-    dpo = module(tiny_llama, FrozenCopy(quantize=bits, dtype="bfloat16"), lora)
-    losses = fit(tmp_path, dpo, data(tiny_llama), max_steps=2)
+    dpo = module(wide_llama, FrozenCopy(quantize=bits, dtype="bfloat16"), lora)
+    losses = fit(tmp_path, dpo, data(wide_llama), max_steps=2)
     layers = {type(part).__name__ for part in dpo.reference_policy.modules()}
     assert {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits] in layers
     assert not any("bit" in type(part).__name__ for part in dpo.policy.modules())
@@ -150,14 +154,14 @@ def test_a_copy_in_few_bits_is_reported_not_refused(tiny_llama, tmp_path, caplog
     assert "First batch: loss" in caplog.text
 
 
-@pytest.mark.parametrize("recipe", [FrozenCopy, PolicySpec])
-def test_bitsandbytes_is_asked_for(tiny_llama, tmp_path, monkeypatch, recipe):
+def test_bitsandbytes_is_asked_for(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r'`quantize` needs bitsandbytes: pip install .*"\.\[quantize\]"'):
-        if recipe is FrozenCopy:
-            trainer(tmp_path).fit(module(tiny_llama, FrozenCopy(quantize="8bit")), data(tiny_llama))
-        else:
-            PolicySpec(path=tiny_llama, quantize="8bit")
+    message = r'`quantize` needs bitsandbytes: pip install .*"\.\[quantize\]"'
+    with pytest.raises(UsageError, match=message):
+        PolicySpec(path=tiny_llama, quantize="8bit")
+    monkeypatch.setattr(PolicySpec, "build", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=message):
+        fit(tmp_path, module(tiny_llama, FrozenCopy(quantize="8bit")), data(tiny_llama))
 
 
 def test_random_weights_have_no_quantised_copy(tiny_llama):
