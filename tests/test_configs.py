@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_lightning.cli
 import dpo_lightning.losses
+import dpo_lightning.references
 from dpo_lightning.losses import Weighted
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-OVERLAYS = sorted((ROOT / "configs/losses").glob("*.yaml"))  # each over the quickstart
+LOSSES = sorted((ROOT / "configs/losses").glob("*.yaml"))  # each over the quickstart
+REFERENCES = sorted((ROOT / "configs/references").glob("*.yaml"))  # the same
 # Paths, data, lengths, devices and the number of steps: all that a test may replace.
 REPLACED = {
     "model.policy.path",
@@ -159,20 +161,43 @@ def stated(value):
     return fields if isinstance(value, Weighted) else {"class_path": type(value).__name__, "init_args": fields}
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_every_loss_runs_over_the_quickstart_and_every_constant_arrives(path, tiny_llama, tmp_path, monkeypatch):
+@pytest.fixture
+def run_over_the_quickstart(tiny_llama, tmp_path, monkeypatch):
+    """A function that runs an overlay over the quickstart, on the tiny model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dpo-lightning"])
-    overlay = yaml.safe_load(path.read_text())
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     config["data"]["init_args"]["batch_size"] = 4  # 12 rows, so three steps
     config["trainer"]["callbacks"] = []
     adapted(config, tmp_path, tiny_llama)
     config["trainer"].update(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    cli = dpo_lightning.cli.run(["fit", "--config", "config.yaml", "--config", str(path)])
+    return lambda path: dpo_lightning.cli.run(["fit", "--config", "config.yaml", "--config", str(path)])
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_every_reference_runs_over_the_quickstart_and_every_constant_arrives(path, run_over_the_quickstart):
+    cli = run_over_the_quickstart(path)
     assert cli.trainer.global_step == 3
-    assert overlay == {"model": {"init_args": {"loss": stated(cli.model.loss)}}}
+    arguments = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert {"init_args": {}, **arguments["reference"]} == stated(cli.model.reference)
+    if "policy" in arguments:
+        assert arguments["policy"]["lora"] == stated(cli.model.spec.lora)["init_args"]
+    assert cli.trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_every_reference_has_an_overlay():
+    texts = [path.read_text() for path in REFERENCES]
+    for name in {"FrozenCopy", "AdaptersOff", "Cached", "Synced"}:
+        assert any(f"class_path: {name}" in text for text in texts)
+        assert name in dpo_lightning.references.__all__
+
+
+@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
+def test_every_loss_runs_over_the_quickstart_and_every_constant_arrives(path, run_over_the_quickstart):
+    cli = run_over_the_quickstart(path)
+    assert cli.trainer.global_step == 3
+    assert yaml.safe_load(path.read_text()) == {"model": {"init_args": {"loss": stated(cli.model.loss)}}}
     metrics = cli.trainer.callback_metrics
     assert metrics["train/loss"].isfinite()
     assert metrics["val/loss"].isfinite()
@@ -182,7 +207,7 @@ def test_every_loss_runs_over_the_quickstart_and_every_constant_arrives(path, ti
 def test_every_loss_has_an_overlay():
     offered = {name for name in dpo_lightning.losses.__all__ if name.endswith("Loss")}
     concrete = {name for name in offered if not inspect.isabstract(getattr(dpo_lightning.losses, name))}
-    texts = [path.read_text() for path in OVERLAYS]
+    texts = [path.read_text() for path in LOSSES]
     assert all(any(f"class_path: {name}" in text for text in texts) for name in concrete)
 
 
@@ -198,8 +223,9 @@ def test_the_first_line_of_a_config_is_its_command():
         first = path.read_text().splitlines()[0]
         assert first.startswith("# ")
         assert f"configs/{path.name}" in first or "python -m" in first
-    for path in OVERLAYS:
-        command = f"dpo-lightning fit --config configs/quickstart.yaml --config configs/losses/{path.name}"
+    for path in LOSSES + REFERENCES:
+        overlay = path.relative_to(ROOT)
+        command = f"dpo-lightning fit --config configs/quickstart.yaml --config {overlay}"
         assert path.read_text().splitlines()[0].startswith("# ")
         assert path.read_text().splitlines()[0].endswith(f":  {command}")
 

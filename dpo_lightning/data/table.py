@@ -213,7 +213,7 @@ def record(
         scored = b"" if example.scored is None else bytes(example.scored[place])
         whole.update(array("i", [len(response), len(scored), *response]).tobytes() + scored)
     digests = {"digest": whole.digest(), "prompt_digest": hashlib.blake2b(prompt, digest_size=8).digest()}
-    if example.prompt_ids == [begin_token]:  # that is no prompt that several examples share
+    if len(example.prompt_ids) == 1 and begin_token in (None, *example.prompt_ids):  # no prompt that examples share
         digests["prompt_digest"] = digests["digest"]
     numbers = {name: int.from_bytes(value, "little", signed=True) for name, value in digests.items()}
     return blank | example._asdict() | {"row": row} | notes._asdict() | numbers

@@ -117,12 +117,13 @@ def copy_adapter(model: PreTrainedModel) -> None:
     for name, weight in adapter_weights(model, REFERENCE):
         weight.copy_(trained[name])
         weight.requires_grad_(False)
+    model.train(model.training)  # the new parts too
 
 
 @contextmanager
 def as_reference(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode with its reference adapter, or with none where there is no such adapter."""
-    training = model.training
+    training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     model.eval()
     has_reference = REFERENCE in model.peft_config
     if has_reference:
@@ -134,8 +135,20 @@ def as_reference(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if has_reference:
             model.set_adapter(TRAINED)
-            for _, weight in adapter_weights(model, REFERENCE):
-                weight.requires_grad_(False)
         else:
-            model.enable_adapters()
+            _enable_adapters(model)
+        # Who switches adapters by peft changes what is trained.
+        model.requires_grad_(False)
+        for weight in trained:
+            weight.requires_grad_(True)
         model.train(training)
+
+
+def _enable_adapters(model: PreTrainedModel) -> None:
+    """As ``model.enable_adapters()``, which forgets the modules that are trained whole."""
+    from peft.utils import ModulesToSaveWrapper
+
+    model.enable_adapters()
+    for layer in model.modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            layer.enable_adapters(enabled=True)

@@ -64,4 +64,5 @@ class SyncedPolicy(FrozenPolicy):
         """Update every ``interval`` steps."""
         if step % self.interval == 0:
             for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), self.alpha)
+                if theirs.requires_grad:
+                    mine.lerp_(theirs.to(mine.dtype), self.alpha)

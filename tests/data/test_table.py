@@ -264,7 +264,6 @@ def give_template(tokenizer):
         {"truncation": "drop"},
         {"truncation_side": "right"},
         {"num_responses": 2},
-        {"chat": Chat(texts=True), "change": give_template},
         {"chat": Chat(variables={"greeting": "Hello"})},
         {"shape": Pairs(rejected="other")},
         {"shape": Pairs(repeated=True), "source": [{**ROWS[0], "chosen": "p0 a", "rejected": "p0 b"}]},
@@ -304,6 +303,8 @@ def test_the_text_of_a_template_counts_and_not_its_name(made, tmp_path):
     assert not made(rows, chat=Chat(template=str(tmp_path / "b"), variables={"greeting": "Hello"})).cached
     assert not made(rows, chat=Chat(template=str(tmp_path / "b"), variables={"greeting": "Hallo"})).cached
     assert made(rows, chat=Chat(template=str(tmp_path / "b"), variables={"greeting": "Hello"})).cached
+    assert not made(chat=Chat(template=str(tmp_path / "b"))).cached
+    assert not made(chat=Chat(template=str(tmp_path / "b"), texts=True)).cached
 
 
 def test_the_content_of_a_file_counts(made, tmp_path):
@@ -376,6 +377,14 @@ def test_the_code_of_a_format_within_another_counts(made, own):
     shapes = [Columns(rows=own("own_format", answer)) for answer in ("one", "one")]
     assert [made(rows, shape).cached for shape in shapes] == [False, True]
     assert not made(rows, Columns(rows=own("own_format", "two"))).cached
+
+
+def test_the_code_of_this_package_counts(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    (tmp_path / "cells.py").write_text("one")
+    assert [made().cached for _ in range(2)] == [False, True]
+    (tmp_path / "cells.py").write_text("two")
+    assert not made().cached
 
 
 class Plain(Pairs):
@@ -530,12 +539,14 @@ def test_two_that_write_at_once_do_not_disturb_each_other(made, cache, monkeypat
         if not others:
             others.append(None)
             others.append(made())
+            others.extend(path.stat().st_ino for path in listed(cache) if "." not in path.name)
 
     monkeypatch.setattr(table, "_write", slow)
     slower, faster = made(), others[1]
     assert (slower.cached, faster.cached) == (False, False)
     assert slower.tokens[:] == faster.tokens[:]
-    assert len(listed(cache)) == 1
+    # What the faster one reads is still there.
+    assert [path.stat().st_ino for path in listed(cache)] == others[2:]
     assert made().cached
 
 
@@ -567,6 +578,7 @@ def test_several_processes_make_the_same_table(made, monkeypatch, num_proc):
     monkeypatch.setattr(table, "CHUNK", 2)
     rows = [*ROWS, {"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": 3}, *ROWS]
     one, several = (made(rows, cache=False, num_proc=number) for number in (None, num_proc))
+    assert [len(tokens.tokens.cache_files) for tokens in (one, several)] == [1, num_proc]
     assert several.tokens[:] == one.tokens[:]
     assert several.tokens.features == one.tokens.features
     assert several.report("train", "rows", 4).to_json() | {"origin": ""} == one.report("train", "rows", 4).to_json() | {

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,10 +12,15 @@ from small_runs import data, fit, module, rows, same, saving, trained, trainer, 
 
 from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
 from dpo_lightning.callbacks import LogSamples
+from dpo_lightning.data.collate import collate
+from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.data.table import record
+from dpo_lightning.data.tokenize import Notes
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import DPOLoss, LDDPOLoss, PlackettLuceLoss, TDPO1Loss
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.references import Cached, FrozenCopy, cached
+from dpo_lightning.references.base import Run
 
 
 @pytest.fixture
@@ -109,23 +115,40 @@ def test_a_changed_row_is_scored_anew(tiny_llama, tmp_path, folder, scored):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_other_scored_tokens_are_scored_anew(tiny_llama, tmp_path, folder, scored):
-    tokenizer = PolicySpec(path=tiny_llama).load_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ ' ' + message.content }}{% endfor %}"  # roles unseen
+class Masked:
+    """One example of which some tokens are scored, as a data module offers it."""
 
-    def transcripts(role):
-        def transcript(i, *answers):
-            roles = ["user", "assistant", role, "assistant"]
-            texts = [f"the film {i}", answers[0], "the end", answers[1]]
-            return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    def __init__(self, mask):
+        example = TokenizedExample([5, 6], [[7, 8, 9], [10]], 1, [mask, [True]])
+        digest = record(1, (example, Notes()))["digest"]
+        self.batch = collate([example._replace(digest=digest)])
 
-        return [{"chosen": transcript(i, "a", "good"), "rejected": transcript(i, "b", "bad")} for i in range(4)]
+    def digests(self):
+        return self.batch.digest.numpy()
 
-    for role, count in (("user", 4), ("tool", 0), ("assistant", 4)):
-        source = PreferenceDataModule(transcripts(role), tokenizer=tokenizer, batch_size=4)
-        fit(tmp_path, module(tiny_llama, Cached(dir=str(folder))), source, max_steps=1)
-        assert sum(scored) == count
-        scored.clear()
+    def unscored(self, known, rank, world_size):
+        if not np.isin(self.digests(), known).all():
+            yield self.batch
+
+
+def test_other_scored_tokens_of_the_same_response_are_scored_anew(tiny_llama, tmp_path):
+    policy, totals, scored = PolicySpec(path=tiny_llama).build(), [], []
+
+    def score(policy, batch):
+        scored.append(batch)
+        return policy(batch)
+
+    for mask in ([True, True, True], [True, False, True], [True, True, False], [True, False, True]):
+        reference = cached.CachedReference(tmp_path / "cache", lambda: policy)
+        examples = Masked(mask)
+        with torch.no_grad():
+            reference.prepare(examples, Run(0, 1, lambda: None, score))
+            expected = policy(examples.batch).total
+        totals.append(reference(examples.batch).total)
+        assert torch.equal(totals[-1], expected)
+    assert len(scored) == 3
+    assert not torch.equal(totals[1], totals[2])  # of which as many tokens are scored
+    assert torch.equal(totals[1], totals[3])
 
 
 def test_every_weight_dtype_precision_and_layout_has_scores_of_its_own(tiny_llama, tmp_path, folder, scored):

@@ -78,12 +78,9 @@ class Elsewhere:
 def elsewhere(monkeypatch):
     original = torch.Tensor.to
 
-    def to(tensor, where, *args, **kwargs):
-        return (
-            original(tensor, torch.bfloat16)
-            if isinstance(where, Elsewhere)
-            else original(tensor, where, *args, **kwargs)
-        )
+    def to(tensor, *args, **kwargs):
+        args = [torch.bfloat16 if isinstance(argument, Elsewhere) else argument for argument in args]
+        return original(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     return Elsewhere()
