@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,13 +14,14 @@ from dpo_lightning.callbacks.samples import sequence_kl
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import Continuation, sample
 from dpo_lightning.losses import DPOLoss, SimPOLoss
+from dpo_lightning.models.adapters import LoRA
 
 PROMPTS = ["the film was", "we loved", "a story"]
 
 
-def fit(tiny_llama, tmp_path, callbacks, loss=None, steps=3):
+def fit(tiny_llama, tmp_path, callbacks, loss=None, steps=3, lora=None):
     rows = [{"prompt": "the film", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
-    module = DPOModule(PolicySpec(path=tiny_llama), loss or DPOLoss(), lr=1e-3)
+    module = DPOModule(PolicySpec(path=tiny_llama, lora=lora), loss or DPOLoss(), lr=1e-3)
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, logger=TensorBoardLogger(tmp_path), callbacks=callbacks,
         enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
@@ -105,6 +107,28 @@ def test_the_exported_folder_is_the_trained_policy(tiny_llama, tmp_path):
     untrained = AutoModelForCausalLM.from_pretrained(tiny_llama)(input_ids=ids).logits
     assert not torch.allclose(untrained, expected)
     assert model.config._attn_implementation == "sdpa"  # nothing of ours is left in the config
+
+
+@pytest.mark.parametrize("adapter", ["merge", "save"])
+def test_adapters_are_exported_with_the_weights_or_alone(tiny_llama, tmp_path, adapter):
+    folder = tmp_path / "hf"
+    module, _ = fit(tiny_llama, tmp_path, [ExportHF(str(folder), adapter)], lora=LoRA(rank=2), steps=6)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("the film was good")["input_ids"]])
+    with torch.no_grad():
+        expected = module.policy.model.eval()(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        assert not torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-4)
+        if adapter == "merge":
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            assert [type(part) for part in model.modules()] == [type(part) for part in plain.modules()]
+            assert model.config._attn_implementation == "sdpa"
+            assert not (folder / "adapter_config.json").exists()
+        else:
+            model = PeftModel.from_pretrained(plain, str(folder))
+            assert not (folder / "model.safetensors").exists()
+            ours = PolicySpec(path=tiny_llama, lora=LoRA(path=str(folder))).build().eval().model
+            assert torch.equal(ours(input_ids=ids).logits, expected)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=2e-5, rtol=0)
 
 
 def test_the_export_lies_with_the_logs_unless_told_otherwise(tiny_llama, tmp_path):

@@ -12,25 +12,36 @@ import torch
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(model, folder, devices, objective):
-    folder.mkdir()
+OBJECTIVES = ("dpo", "sft", "lora", "lora_sft", "cached", "synced", "bco")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tmp_path_factory):
+    """Folders of all objectives, by one process and by two."""
+    folders = {devices: tmp_path_factory.mktemp(f"devices_{devices}") for devices in (1, 2)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_CURRENT_TEST", None)
-    subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(folder), str(devices), objective],
-        check=True, env=environment, timeout=240, capture_output=True,
-    )  # fmt: skip
+    for devices, folder in folders.items():
+        subprocess.run(
+            [sys.executable, str(SCRIPT), tiny_llama, str(folder), str(devices), *OBJECTIVES],
+            check=True, env=environment, timeout=480, capture_output=True,
+        )  # fmt: skip
+    return folders
+
+
+def read(folder):
     return json.loads((folder / "metrics.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs a PyTorch with gloo")
-@pytest.mark.parametrize("objective", ["dpo", "sft"])
-def test_two_ranks_equal_one(tiny_llama, tmp_path, objective):
-    one, one_weights = run(tiny_llama, tmp_path / "one", 1, objective)
-    two, two_weights = run(tiny_llama, tmp_path / "two", 2, objective)
-    assert one["reference_unchanged"]
-    assert two["reference_unchanged"]
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_ranks_equal_one(runs, objective):
+    (one, one_weights), (two, two_weights) = (read(runs[devices] / objective) for devices in (1, 2))
+    assert one["reference_unchanged"] is two["reference_unchanged"] is (objective != "synced")
     torch.testing.assert_close(two_weights, one_weights, rtol=0, atol=2e-5)
     # Seven validation rows on two ranks: four and three, none counted twice.
     assert two["logged"] == pytest.approx(one["logged"], rel=1e-4)
     assert two["gradient_buckets"] == one["trainable"]
+    assert two["sums"] == pytest.approx(one["sums"], rel=1e-4)
+    if objective == "cached":  # each rank has scored its share
+        assert (one["scored"], sorted(two["scored"])) == ([31], [15, 16])

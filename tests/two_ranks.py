@@ -1,15 +1,17 @@
-"""Run by test_distributed.py in processes of its own: python two_ranks.py MODEL FOLDER DEVICES dpo|sft."""
+"""Run by test_distributed.py in processes of its own: python two_ranks.py MODEL FOLDER DEVICES OBJECTIVE ..."""
 
 import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule, SFTModule
-from dpo_lightning.losses import DPOLoss
-from dpo_lightning.references import fingerprint
+from dpo_lightning.losses import BCOPairLoss, DPOLoss
+from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.references import AdaptersOff, Cached, Synced, fingerprint
 
 
 class Ranks(Callback):
@@ -28,7 +30,17 @@ class Ranks(Callback):
             assert all(name in ignored for name, _ in pl_module.named_parameters() if name.startswith("reference_"))
 
 
-def main(model, folder, devices, sft):
+def objective(name, model, folder, **optimization):
+    """A module by the name of its objective."""
+    spec = PolicySpec(path=model, lora=LoRA(rank=2) if name.startswith("lora") else None)
+    if name in ("sft", "lora_sft"):
+        return SFTModule(spec, **optimization)
+    references = {"lora": AdaptersOff(), "cached": Cached(dir=f"{folder}/cache"), "synced": Synced(interval=2)}
+    loss = BCOPairLoss(beta=0.5) if name == "bco" else DPOLoss()
+    return DPOModule(spec, loss, references.get(name), **optimization)
+
+
+def main(model, folder, devices, name):
     seed_everything(0)
     rows = [
         {"prompt": "the film", "chosen": " was good" * (1 + i % 4) + f" {i}", "rejected": f" bad {i}"}
@@ -38,8 +50,7 @@ def main(model, folder, devices, sft):
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=1e-1)
 
-    spec = PolicySpec(path=model)
-    module = SFTModule(spec, optimizer=sgd) if sft else DPOModule(spec, DPOLoss(), optimizer=sgd)
+    module = objective(name, model, folder, optimizer=sgd)
     ranks = Ranks()
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, logger=False,
@@ -49,7 +60,12 @@ def main(model, folder, devices, sft):
     trainer.fit(
         module,
         PreferenceDataModule(
-            rows[:24], rows[24:], tokenizer=model, batch_size=4, val_batch_size=4, num_responses=1 if sft else None
+            rows[:24],
+            rows[24:],
+            tokenizer=model,
+            batch_size=4,
+            val_batch_size=4,
+            num_responses=1 if "sft" in name else None,
         ),
     )
     logged = {name: value.item() for name, value in trainer.callback_metrics.items() if "per_second" not in name}
@@ -60,9 +76,14 @@ def main(model, folder, devices, sft):
             "reference_unchanged": ranks.reference(module) == ranks.before,
             "gradient_buckets": ranks.buckets,
             "trainable": sum(parameter.requires_grad for parameter in module.parameters()),
+            "scored": [pq.read_metadata(path).num_rows for path in Path(folder).rglob("*.parquet")],
+            "sums": getattr(module, "_loss_sums", torch.zeros(0)).tolist(),
         }
         (Path(folder) / "metrics.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sft=sys.argv[4] == "sft")
+    for name in sys.argv[4:]:
+        place = Path(sys.argv[2]) / name
+        place.mkdir(exist_ok=True)
+        main(sys.argv[1], place, int(sys.argv[3]), name)

@@ -58,7 +58,7 @@ class LoRA:
         model.requires_grad_(False)
         try:
             if self.path is not None:
-                model.load_adapter(resolve(self.path), adapter_name=TRAINED, is_trainable=True)
+                _load_adapter(model, resolve(self.path))
             else:
                 settings = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
                 targets = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
@@ -71,6 +71,20 @@ class LoRA:
                 "it takes no adapter. Leave it out of `target_modules`; `options: {modules_to_save: [lm_head]}` "
                 "trains it whole."
             )
+
+
+def _load_adapter(model: PreTrainedModel, path: str) -> None:
+    """By peft itself: ``model.load_adapter`` forgets the magnitudes of DoRA and trains embeddings below adapters."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    model.add_adapter(config, TRAINED)
+    weights = peft.load_peft_weights(path, device="cpu")
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    result: Any = peft.set_peft_model_state_dict(model, weights, TRAINED)
+    if unexpected := result.unexpected_keys:
+        raise ValueError(f"{path} holds weights that the model has no place for: {', '.join(unexpected[:3])}")
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:

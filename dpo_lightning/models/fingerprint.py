@@ -21,8 +21,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _adds_nothing(name: str, weights: Mapping[str, Tensor]) -> bool:
-    place, factor, adapter = name.rpartition(".lora_A.") if ".lora_A." in name else name.rpartition(".lora_B.")
-    return bool(factor) and not weights[f"{place}.lora_B.{adapter}"].any()
+    for zero, random in ((".lora_B.", ".lora_A."), (".lora_embedding_A.", ".lora_embedding_B.")):
+        if zero in name or random in name:
+            return not weights[name.replace(random, zero)].any()
+    return False
 
 
 def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:

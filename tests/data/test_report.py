@@ -267,3 +267,7 @@ def test_drops_are_refused_by_the_first_row_and_its_reason():
     )
     with pytest.raises(UsageError, match=r"^rows\.jsonl, row 4: empty\n1 of 1 examples"):
         report(unusable(4, "empty")).refuse_drops()
+    several = report(unusable(4, "empty"), *PAIRS)
+    several.rows = 1  # examples are counted, of which a row may hold many
+    with pytest.raises(UsageError, match=r"\n1 of 4 examples cannot be used"):
+        several.refuse_drops()

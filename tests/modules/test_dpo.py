@@ -12,8 +12,22 @@ from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
 from dpo_lightning.callbacks import ProgressBar
 from dpo_lightning.data.collate import collate
 from dpo_lightning.errors import UsageError
-from dpo_lightning.losses import DPOLoss, PlackettLuceLoss, SimPOLoss
-from dpo_lightning.references import FrozenCopy, fingerprint
+from dpo_lightning.losses import (
+    AOTLoss,
+    BCOPairLoss,
+    CPOLoss,
+    DPOLoss,
+    MixedLoss,
+    NLLLoss,
+    ORPOLoss,
+    PlackettLuceLoss,
+    SimPOLoss,
+    TDPO1Loss,
+    TDPO2Loss,
+    Weighted,
+    WPOLoss,
+)  # fmt: skip
+from dpo_lightning.references import Cached, FrozenCopy, Synced, fingerprint
 
 WORDS = "the film was a joy and its end is slow but we all loved every minute of this bad old story".split()  # noqa: SIM905
 
@@ -106,9 +120,13 @@ def test_the_reference_is_in_no_optimizer_checkpoint_gradient_bucket_or_training
     assert set(dpo._ddp_params_and_buffers_to_ignore) == names - trained
 
 
-def test_a_loss_without_a_reference_builds_none(tiny_llama, tmp_path):
-    dpo = module(tiny_llama, loss=SimPOLoss())
-    trainer(tmp_path, max_steps=2).fit(dpo, data(tiny_llama))
+@pytest.mark.parametrize("loss", [SimPOLoss(), CPOLoss(), ORPOLoss(), MixedLoss(losses=[Weighted(loss=NLLLoss())])])
+@pytest.mark.parametrize("reference", [None, FrozenCopy(path="./no/model"), Cached(path="./no/model"), Synced()])
+def test_a_loss_without_a_reference_builds_none(tiny_llama, tmp_path, monkeypatch, loss, reference):
+    for recipe in (FrozenCopy, Cached, Synced):
+        monkeypatch.setattr(recipe, "build", lambda *_: pytest.fail("a reference was built"))
+    dpo = module(tiny_llama, loss=loss, reference=reference)
+    trainer(tmp_path, max_steps=1, limit_val_batches=1).fit(dpo, data(tiny_llama))
     assert dpo.reference_policy is None
 
 
@@ -419,3 +437,111 @@ def test_the_module_can_be_extended(tiny_llama, tmp_path):
     assert isinstance(dpo, LightningModule)
     trainer(tmp_path, max_steps=1, callbacks=[losses]).fit(dpo, data(tiny_llama))
     assert losses.values[0] == pytest.approx(1 + math.log(2), abs=1e-6)
+
+
+def test_running_sums_are_of_all_training_examples_and_kept(tiny_llama, tmp_path):
+    loss = BCOPairLoss(beta=0.5)
+    rewards = []
+
+    class Watched(DPOModule):
+        def _sums(self, policy, reference, add):
+            if add:
+                rewards.append(self.loss.rewards(policy, reference).detach())
+            return super()._sums(policy, reference, add)
+
+    torch.manual_seed(0)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    whole = Watched(PolicySpec(path=tiny_llama), loss, lr=1e-2)
+    fit = trainer(tmp_path, max_steps=8, max_epochs=2, callbacks=[saver], enable_checkpointing=True)
+    fit.fit(whole, data(tiny_llama))
+    total = torch.cat(rewards)
+    assert len(total) == 8 * 4  # neither the check nor validation counts
+    assert whole._loss_sums.tolist() == pytest.approx([total.sum().item(), total.numel()], rel=1e-5)
+    assert abs(whole._loss_sums[0]) > 1e-2
+    first = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["loss_sums"]
+    assert first == pytest.approx([total[:16].sum().item(), 32.0], rel=1e-5)
+
+    torch.manual_seed(1)
+    resumed = module(tiny_llama, loss=loss, lr=1e-2)
+    trainer(tmp_path, max_steps=8, max_epochs=2).fit(resumed, data(tiny_llama), ckpt_path=tmp_path / "step=4.ckpt")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert torch.equal(resumed._loss_sums, whole._loss_sums)
+    loaded = DPOModule.load_from_checkpoint(tmp_path / "step=8.ckpt", weights_only=True)
+    assert torch.equal(loaded._loss_sums, whole._loss_sums)
+    before, after = (trainer(tmp_path).validate(m, data(tiny_llama), verbose=False)[0] for m in (whole, loaded))
+    assert after == before
+
+
+def test_a_loss_that_couples_a_batch_is_not_split(tiny_llama, tmp_path, monkeypatch):
+    message = "AOTLoss compares the examples of a batch with each other.*use one device and"
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, accumulate_grad_batches=2).fit(module(tiny_llama, loss=AOTLoss()), data(tiny_llama))
+    split = module(tiny_llama, loss=AOTLoss())
+    split.trainer = trainer(tmp_path)
+    split.setup("fit")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "world_size", 2)
+        with pytest.raises(UsageError, match=message):
+            split.setup("fit")
+        split.setup("validate")
+    mixed = MixedLoss(losses=[Weighted(loss=DPOLoss()), Weighted(loss=AOTLoss())])
+    with pytest.raises(UsageError, match="MixedLoss compares the examples of a batch"):
+        trainer(tmp_path, accumulate_grad_batches=2).fit(module(tiny_llama, loss=mixed), data(tiny_llama))
+
+
+def test_parts_of_a_mixed_loss_have_curves_of_their_own(tiny_llama, tmp_path):
+    loss = MixedLoss(losses=[Weighted(loss=DPOLoss(), weight=2.0), Weighted(loss=NLLLoss(), weight=0.5)])
+    fit = trainer(tmp_path)
+    fit.fit(module(tiny_llama, loss=loss), data(tiny_llama))
+    for stage in ("train", "val"):
+        logged = {name: fit.callback_metrics[f"{stage}/{name}"].item() for name in ("loss", "loss/DPO", "loss/NLL")}
+        assert logged["loss"] == pytest.approx(2 * logged["loss/DPO"] + 0.5 * logged["loss/NLL"], rel=1e-5)
+        assert logged["loss/NLL"] > 1
+
+
+def plain_distributions(model, prompt, response):
+    """Log-probabilities of all words at every position of a response, and of its own tokens."""
+    ids = torch.tensor([[*prompt, *response]])
+    logps = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logps, logps.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def by_hand(loss, policy, reference, example):
+    """Loss and rewards of an example from plain logits of both models."""
+    ratios, kls, weight = [], [], 1.0
+    for response in example.response_ids:
+        (every, own), (every_ref, own_ref) = (
+            plain_distributions(model, example.prompt_ids, response) for model in (policy, reference)
+        )
+        ratios.append((own - own_ref).sum())
+        kls.append((every_ref.exp() * (every_ref - every)).sum())
+        weight = weight * (own - every.mul(2).logsumexp(-1)).mean().exp()
+    margin, difference = loss.beta * (ratios[0] - ratios[1]), loss.beta * (kls[1] - kls[0])
+    if isinstance(loss, WPOLoss):
+        return -weight * torch.nn.functional.logsigmoid(margin), [loss.beta * ratio for ratio in ratios]
+    share = loss.alpha if isinstance(loss, TDPO2Loss) else 1.0
+    rewards = [loss.beta * (ratio + kl) for ratio, kl in zip(ratios, kls, strict=True)]
+    return -torch.nn.functional.logsigmoid(margin - share * difference), rewards
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+@pytest.mark.parametrize("loss", [TDPO1Loss(beta=0.5), TDPO2Loss(beta=0.5, alpha=0.7), WPOLoss(beta=0.5)])
+@torch.no_grad()
+def test_losses_of_distributions_equal_plain_logits_of_both_models(tiny_llama, tmp_path, loss, layout):
+    dpo = module(tiny_llama, policy=PolicySpec(path=tiny_llama, layout=layout), loss=loss, lr=1e-2)
+    losses = Losses()
+    with torch.enable_grad():
+        trainer(tmp_path, max_steps=4, callbacks=[losses]).fit(dpo, data(tiny_llama))
+    if not isinstance(loss, WPOLoss):
+        assert losses.values[0] == pytest.approx(math.log(2), abs=1e-6)
+    source = PreferenceDataModule(rows(5), rows(5), rows(5), tokenizer=tiny_llama, val_batch_size=5)
+    (metrics,) = trainer(tmp_path).validate(dpo, source, verbose=False)
+    (scored,) = trainer(tmp_path).predict(dpo, source)
+    plain = PolicySpec(path=tiny_llama, layout="rows").build().model
+    trained = copy.deepcopy(plain)
+    trained.load_state_dict(dpo.policy.model.state_dict())
+    examples = [source.examples["val"][i] for i in range(5)]
+    expected, rewards = zip(*(by_hand(loss, trained, plain, example) for example in examples), strict=True)
+    assert metrics["val/loss"] == pytest.approx(torch.stack(expected).mean().item(), abs=2e-5)
+    torch.testing.assert_close(scored.rewards, torch.tensor(rewards), atol=1e-4, rtol=0)
+    assert abs(metrics["val/loss"] - math.log(2)) > 1e-3
