@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_lightning.data.example import PreferenceExample
-from dpo_lightning.data.report import DataReport
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import Continuation, sample
@@ -215,8 +214,8 @@ def test_a_model_continues_what_it_is_trained_on(llama, template):
     prompts = ["once upon", "", "a</s>"]
     continuations = sample(llama, tokenizer, prompts, max_new_tokens=2)
     examples = [PreferenceExample(prompt, ("b",), number) for number, prompt in enumerate(prompts)]
-    tokenized = list(Tokenization(tokenizer=tokenizer, max_length=64)(examples, DataReport("prompts")))
-    assert [c.prompt_ids for c in continuations] == [example.prompt_ids for example in tokenized]
+    tokenized = list(Tokenization(tokenizer=tokenizer, max_length=64)(examples))
+    assert [c.prompt_ids for c in continuations] == [example.prompt_ids for example, _ in tokenized]
     assert continuations[1].prompt_ids == [1]
     assert continuations[2].prompt_ids[-1] == 2
 

@@ -103,7 +103,7 @@ class ShuffledStream(IterableDataset):
                     rows[part] += item.first
                     records[part].append(record(item.row, result))
                     if not isinstance(result, UnusableRow):
-                        batch.append(result[0]._replace(row=item.row))
+                        batch.append(result[0])
                         fruitless = 0
                     else:
                         fruitless += 1

@@ -71,6 +71,9 @@ class LoRA:
                 "it takes no adapter. Leave it out of `target_modules`; `options: {modules_to_save: [lm_head]}` "
                 "trains it whole."
             )
+        for weight in model.parameters():
+            if weight.requires_grad:  # 16 bits would round its updates away
+                weight.data = weight.data.float()
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> None:

@@ -241,7 +241,9 @@ class PolicyModule(LightningModule):
 
     def _warn_of_rounding(self) -> None:
         precision = "" if self._trainer is None else str(self.trainer.precision)
-        if self.spec.dtype != "float32" or precision in ("bf16-true", "16-true"):
+        assert self.policy is not None
+        narrow = any(weight.requires_grad and weight.dtype != torch.float32 for weight in self.policy.parameters())
+        if narrow or precision in ("bf16-true", "16-true"):
             log.warning(
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."

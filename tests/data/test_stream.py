@@ -195,6 +195,14 @@ def test_parts_that_are_alike_have_orders_of_their_own(made):
     assert one[:15] != other[:15]
 
 
+def test_which_part_is_next_depends_on_the_seed(made):
+    def drawn(seed):
+        batches = islice(made(pairs(9), pairs(9), weights=(1, 1), batch_size=1, seed=seed), 50)
+        return [len(batch.records[0]) for batch in batches]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
 def test_a_dataset_that_is_a_stream_is_read_anew(made):
     rows = Rows(datasets.IterableDataset.from_generator(lambda: iter(pairs(9))))
     read = flat(rows_of(made(rows, batch_size=3), 9))
@@ -274,6 +282,25 @@ def test_a_loader_hands_out_the_stream_epoch_by_epoch(made, num_workers):
     assert [rows_of(loader, 9) for _ in range(3)] == [expected[:2], expected[2:4], expected[4:]]
 
 
+def test_an_epoch_left_early_is_followed_by_a_whole_one(made):
+    expected = rows_of(made(flawed(20)), 8)
+    loader = StreamLoader(made(flawed(20)), 3, [report()])
+    assert rows_of(loader, 2) == expected[:2]
+    assert rows_of(loader, 9) == expected[2:5]
+    assert rows_of(loader, 9) == expected[5:]
+
+
+def test_a_loader_in_use_can_be_put_back(made):
+    expected = rows_of(made(flawed(20)), 6)
+    loader = StreamLoader(made(flawed(20)), 6, [report()])
+    begun = iter(loader)
+    rows_of(begun, 1)
+    state = loader.state_dict()
+    rows_of(begun, 3)
+    loader.load_state_dict(state)
+    assert rows_of(loader, 9) == expected[1:]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loader_goes_on_with_the_very_next_batch(made, num_workers):
     expected = rows_of(made(flawed(20)), 6)
@@ -330,6 +357,13 @@ def test_the_report_is_that_of_what_was_handed_out(made, num_workers):
     assert reports[1].num_dropped == 0
     responses = sum((batch.length > 0).sum().item() for batch in batches)
     assert sum(k * n for one in reports for k, n in one.responses.items()) == responses
+
+
+def test_the_report_of_rows_of_several_examples(made):
+    table = [{"prompt": ["p", "q", "r"], "responses": [["x", "y"], ["x", "x"], ["z", "y"]]}]
+    counted = report()
+    list(StreamLoader(made(table, shape=Columns(rows=Rankings())), 5, [counted]))
+    assert (counted.rows, counted.kept, counted.num_dropped) == (10, 20, 10)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
