@@ -37,8 +37,9 @@ def main() -> None:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            cache = [f"--model.init_args.reference.dir={folder}"] if overlay.stem == "cached" else []
-            trainer = cli.run([*command(overlay), *cache]).trainer
+            places = [f"--trainer.default_root_dir={folder}"]
+            places += [f"--model.init_args.reference.dir={folder}"] if overlay.stem == "cached" else []
+            trainer = cli.run([*command(overlay), *places]).trainer
         values = trainer.callback_metrics
         numbers = [values[f"val/{name}"].item() for name in ("rewards/accuracies", "rewards/margins", "loss")]
         cells = [f"{number:.3f}" for number in numbers] + [f"{time.perf_counter() - start:.0f}"]
