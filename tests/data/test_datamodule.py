@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -431,6 +432,17 @@ def test_without_a_cache_a_trainer_tokenises_once_and_leaves_nothing(data, own_c
     assert written == ["6 rows in memory", "3 rows in memory"]
     assert [sorted(batch) for batch in recorder.seen["train"]] == [list(range(1, 7))] * 2
     assert not own_cache.exists()
+
+
+@pytest.mark.parametrize("limit", [1.0, 1], ids=["all batches", "one batch"])
+def test_the_processes_of_loaders_end_with_the_run(data, limit):
+    before = set(multiprocessing.active_children())
+    recorder = Recorder()
+    module = data(pairs(11), pairs(5, "q"), batch_size=4, num_workers=1)
+    run = trainer(limit_train_batches=limit)
+    run.fit(recorder, datamodule=module)
+    assert set(multiprocessing.active_children()) <= before
+    assert len(recorder.seen["train"]) == (3 if isinstance(limit, float) else 1)
 
 
 def test_the_number_of_processes_changes_nothing(data, own_cache):
