@@ -77,7 +77,7 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory):
-    """Tokens of earlier sessions are of earlier code, so every session has a cache of its own, in child processes too."""
+    """A cache of this session's own, in child processes too: tokens of earlier ones are of earlier code."""
     folder = str(tmp_path_factory.mktemp("datasets_cache"))
     datasets.config.HF_DATASETS_CACHE = Path(folder)
     os.environ["HF_DATASETS_CACHE"] = folder
