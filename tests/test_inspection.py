@@ -83,8 +83,10 @@ def test_what_is_not_scored_is_marked(tokenizer):
 
 def test_the_end_token_may_stand_before_the_end_of_a_line(tokenizer):
     end, line = tokenizer.eos_token_id, ids_of(tokenizer, "\n")
-    example = TokenizedExample([1], [[*ids_of(tokenizer, "x"), end, *line]], 1)
-    assert shown(example, tokenizer, color=False).endswith("[scored] x|[end token] </s>|[scored] ↵\n|")
+    for number in (1, 2):
+        example = TokenizedExample([1], [[*ids_of(tokenizer, "x"), end, *(line * number)]], 1)
+        text = shown(example, tokenizer, color=False)
+        assert text.endswith("[scored] x|[end token] </s>|[scored] " + "↵\n|" * number)
 
 
 def test_a_special_token_within_a_response_ends_nothing(tokenizer):
@@ -126,9 +128,8 @@ def test_bytes_that_are_no_character_hide_nothing(tokenizer):
     (first,) = ids_of(tokenizer, "a🙂")[1:2]
     ids = [first] * 9 + ids_of(tokenizer, "b")
     line = shown(TokenizedExample(ids, [[5]], 1), tokenizer, color=False).splitlines()[1]
-    assert line.endswith("b|")
-    assert line.count("|") == 10
-    assert line.count("\N{REPLACEMENT CHARACTER}") == 9
+    five, four = "\N{REPLACEMENT CHARACTER}" * 5, "\N{REPLACEMENT CHARACTER}" * 4
+    assert line == f"[prompt] ||||{five}|||||{four}b|"
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
@@ -183,7 +184,7 @@ def rows_shown(text: str) -> list[int]:
 def test_report_and_examples_are_shown_and_nothing_is_written(inspected, tmp_path):
     text = inspected(train="pairs.jsonl")
     assert "train: pairs.jsonl" in text
-    assert re.search(r"rows read +12  tokenised in", text)
+    assert re.search(r"rows read +12  (tokenised in|tokens found in the cache)", text)
     assert "\n3 examples: [prompt]  [scored]  [not scored]  [end token]\n" in text
     assert rows_shown(text) == [1, 7, 12]  # evenly spread; round(5.5) is 6
     assert "response 1 of 2, the best:" in text
@@ -211,6 +212,13 @@ def test_what_there_is_is_shown(inspected, given, split):
     text = inspected("--num_examples", "1", **dict.fromkeys(given, "pairs.jsonl"))
     assert f"{split}: pairs.jsonl" in text
     assert rows_shown(text) == [1]
+
+
+def test_training_data_are_shown_where_there_are_any(inspected, tmp_path):
+    write(tmp_path / "others.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}])
+    text = inspected(val="others.jsonl", train="pairs.jsonl", test="others.jsonl")
+    assert rows_shown(text) == [1, 7, 12]
+    assert "val: others.jsonl" in text
 
 
 def test_no_data_at_all_is_a_mistake(inspected, capsys):

@@ -13,7 +13,7 @@ import time
 from abc import ABC
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,6 @@ from dpo_lightning.data.tokenize import Notes, Tokenization
 from dpo_lightning.recipes import to_plain
 
 CHUNK = 1_000
-SETTINGS = ("max_length", "max_prompt_length", "truncation", "truncation_side", "num_responses")
 LOADING = ("is_local", "local_files_only")
 WRITTEN = pa.schema({"row": pa.int64(), "reason": pa.string(), "detail": pa.string(), "example": pa.string()})
 IDS = List(Value("int32"))
@@ -290,14 +289,14 @@ def _key(source: Source, shape: Format | None, tokenization: Tokenization) -> st
     fingerprint = source.fingerprint()
     if fingerprint is None:
         return None
-    settings = {name: value for name, value in vars(tokenization).items() if name in SETTINGS}
-    chat = {"template": tokenization.chat.source(tokenization.tokenizer), "variables": tokenization.chat.variables}
+    settings = {field.name: getattr(tokenization, field.name) for field in fields(tokenization)}
+    tokenizer, chat = settings.pop("tokenizer"), settings.pop("chat")
     parts = {
         "source": fingerprint,
         "format": to_plain(shape),
         "settings": settings,
-        "chat": {**chat, "texts": tokenization.chat.texts},
-        "tokenizer": _digest_of_tokenizer(tokenization.tokenizer),
+        "chat": {**vars(chat), "template": chat.source(tokenizer)},
+        "tokenizer": _digest_of_tokenizer(tokenizer),
         "versions": [version(package) for package in ("transformers", "tokenizers", "jinja2")],
     }
     try:

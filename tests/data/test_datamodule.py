@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import dpo_lightning.cli
 import dpo_lightning.data.datamodule
 import dpo_lightning.data.table
 from dpo_lightning.data.chat import Chat
@@ -375,6 +376,35 @@ def test_what_does_not_change_tokens_finds_them(data, own_cache, written, change
     assert {report.origin for report in again.reports} == {"tokens found in the cache"}
 
 
+def test_on_the_command_line_tokens_are_found_too(tiny_llama, tmp_path, own_cache, written, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(6)))
+    model = {"policy": {"path": tiny_llama}, "loss": {"class_path": "DPOLoss"}, "lr": 1e-3}
+    config = {
+        "model": {"class_path": "DPOModule", "init_args": model},
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"train": "pairs.jsonl"}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    others = {
+        "seed_everything": 3,
+        "model.init_args.lr": 0.1,
+        "model.init_args.loss.init_args.beta": 0.5,
+        "trainer.default_root_dir": "elsewhere",
+        "data.init_args.batch_size": 2,
+        "data.init_args.val_fraction": 0.5,
+        "data.init_args.num_workers": 1,
+        "data.init_args.num_proc": 2,
+        "data.init_args.strict": "true",
+    }
+    for flags in ([], [f"--{name}={value}" for name, value in others.items()]):
+        cli = dpo_lightning.cli.run(["fit", "--config", "config.yaml", *flags])
+        assert written == ["pairs.jsonl"]
+    assert cli.datamodule.reports[0].origin == "tokens found in the cache"
+    assert list((tmp_path / "elsewhere").rglob("data_report.json"))
+
+
 def test_what_changes_tokens_makes_them_anew(data, makes, own_cache, written):
     data(pairs(6)).setup("fit")
     changes = [
@@ -450,6 +480,7 @@ def test_the_number_of_processes_changes_nothing(data, own_cache):
     modules = [data(rows, cache=False, num_proc=number) for number in (None, 2)]
     for module in modules:
         module.setup("fit")
+    assert [len(module.examples["train"].tokens.cache_files) for module in modules] == [1, 2]
     assert list(modules[0].examples["train"]) == list(modules[1].examples["train"])
     assert str(modules[0].reports[0]).splitlines()[4:] == str(modules[1].reports[0]).splitlines()[4:]
 

@@ -521,6 +521,22 @@ def test_a_stream_in_memory_is_trained_on_and_leaves_nothing_on_disk(data, token
     assert not list(tmp_path.rglob("*.arrow"))
 
 
+def test_reports_of_a_stream_stand_before_others(data):
+    module = data(flawed(20), pairs(2, "v"))
+    trainer().validate(Recorder(), datamodule=module)
+    fitted(module)
+    assert [(report.split, report.kept) for report in module.reports] == [("train", 20), ("val", 2)]
+
+
+def test_the_shape_of_a_stream_is_found_once(data, monkeypatch):
+    found, choose = [], reading.choose
+    monkeypatch.setattr(reading, "choose", lambda rows, source: found.append(source) or choose(rows, source))
+    module = data(pairs(3))
+    fitted(module)
+    assert found == ["3 rows in memory"]
+    assert module.reports[0].rows > 6
+
+
 def test_weights_hold_for_streams(data):
     parts = [Part(source=Rows(pairs(9)), weight=1.0), Part(source=Endless(), weight=3.0)]
     module = data(Mixture(parts=parts), batch_size=40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -25,7 +26,7 @@ from dpo_lightning.data.files import Files
 from dpo_lightning.data.formats import Format, Pairs
 from dpo_lightning.data.rankings import Columns, Rankings
 from dpo_lightning.data.reading import begin
-from dpo_lightning.data.sources import Rows, Source
+from dpo_lightning.data.sources import HubDataset, Rows, Source
 from dpo_lightning.data.supervised import Texts
 from dpo_lightning.data.table import Examples, record, records_table, tokenize
 from dpo_lightning.data.tokenize import Notes, Tokenization
@@ -318,6 +319,23 @@ def test_the_content_of_a_file_counts(made, tmp_path):
     assert made(Files(str(path))).cached
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "c"}\n')
     assert not made(Files(str(path))).cached
+
+
+def test_a_dataset_of_the_hub_is_found_by_its_name_and_rows(made, tmp_path):
+    (tmp_path / "set").mkdir()
+    for split, rows in {"train": ROWS, "test": ROWS[:2]}.items():
+        (tmp_path / "set" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = [HubDataset(name=str(tmp_path / "set"), split=split) for split in ("train", "test", "train[:2]")]
+    assert [made(source).cached for source in [*splits, *splits]] == [False] * 3 + [True] * 3
+    (tmp_path / "set" / "test.jsonl").write_text(json.dumps(ROWS[0]))
+    assert not made(splits[1]).cached
+
+
+def test_a_dataset_in_memory_is_found_by_its_rows(made):
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert not made(Rows(dataset)).cached
+    assert made(Rows(datasets.Dataset.from_list(ROWS))).cached
+    assert not made(Rows(dataset.select([1, 0]))).cached
 
 
 def test_formats_of_the_same_columns_are_told_apart(made):
