@@ -42,6 +42,7 @@ def tokenizer(makes):
 @pytest.fixture
 def data(tokenizer):
     """A data module that was set up for a fit."""
+    torch.manual_seed(0)
 
     def make(train, *args, **kwargs):
         module = PreferenceDataModule(train, *args, **{"tokenizer": tokenizer, "batch_size": 4, **kwargs})
