@@ -112,8 +112,10 @@ class PolicyModule(LightningModule):
         """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
         if self.spec.lora is None or self.policy is None or not name.startswith(POLICY):
             return False
-        weight = dict(self.policy.named_parameters()).get(name.removeprefix(POLICY))
-        return weight is None or not weight.requires_grad
+        try:
+            return not self.policy.get_parameter(name.removeprefix(POLICY)).requires_grad
+        except AttributeError:  # no weight, such as what quantised ones have beside them
+            return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters keep a fingerprint of the weights that are left out."""

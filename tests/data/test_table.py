@@ -19,7 +19,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_lightning.data import table
+from dpo_lightning.data import key, table
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
 from dpo_lightning.data.files import Files
@@ -399,7 +399,7 @@ def test_the_code_of_a_format_within_another_counts(made, own):
 
 
 def test_the_code_of_this_package_counts(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    monkeypatch.setattr(key, "__file__", str(tmp_path / "key.py"))
     (tmp_path / "cells.py").write_text("one")
     assert [made().cached for _ in range(2)] == [False, True]
     (tmp_path / "cells.py").write_text("two")
