@@ -27,7 +27,7 @@ def rows(count, seed=0, most=2):
 
 
 def module(path, reference=None, lora=None, cls=DPOModule, **kwargs):
-    spec = {name: kwargs.pop(name) for name in ("quantize", "dtype", "layout", "dropout") if name in kwargs}
+    spec = {name: kwargs.pop(name) for name in ("quantize", "dtype", "layout", "dropout", "compile") if name in kwargs}
     policy = PolicySpec(path=str(path), lora=lora, **spec)
     if cls is not DPOModule:
         return cls(policy, **{"lr": 1e-2, **kwargs})

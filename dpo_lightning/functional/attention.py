@@ -5,80 +5,22 @@ causally and aligned at the end (bottom right). With the prompt of a preference 
 and later responses, the prompt's hidden states are computed once, however many responses there are.
 
 Two ways compute the same thing: a variable-length flash kernel, one call for the whole stream (CUDA, 16-bit),
-and a loop of scaled dot-product attention over the sequences (everything else).
+and scaled dot-product attention block by block (everything else).
 """
 
 from __future__ import annotations
-
-import functools
-import inspect
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_lightning.functional.layout import RaggedLayout
+from dpo_lightning.functional.varlen import varlen_attention
 
-@dataclass(frozen=True)
-class RaggedLayout:
-    """Which tokens of a stream attend to which; the same object serves every layer of a forward pass.
-
-    Args:
-        spans: One row ``(query start, query end, prefix start, prefix end)`` a sequence, int64, shape ``(S, 4)``.
-            The query spans partition the stream in order.
-        key_index: Flat positions of the keys of all sequences, prefix before own tokens, shape
-            ``(sum of key lengths,)``; ``None`` where no sequence has a prefix and keys are the stream itself.
-        max_query: Most queries in a sequence.
-        max_key: Most keys in a sequence.
-    """
-
-    spans: Tensor
-    key_index: Tensor | None
-    max_query: int
-    max_key: int
-    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)
-
-    @functools.cached_property
-    def cu_query(self) -> Tensor:
-        """Cumulative query lengths, int32, shape ``(S + 1,)``, on the device of the spans."""
-        return F.pad(torch.cumsum(self.spans[:, 1] - self.spans[:, 0], 0), (1, 0)).int()
-
-    @functools.cached_property
-    def cu_key(self) -> Tensor:
-        """Cumulative key lengths, int32, shape ``(S + 1,)``, on the device of the spans."""
-        start, end, prefix_start, prefix_end = self.spans.unbind(1)
-        return F.pad(torch.cumsum(end - start + prefix_end - prefix_start, 0), (1, 0)).int()
-
-    @functools.cached_property
-    def lengths(self) -> list[tuple[int, int]]:
-        """Query and key length of every sequence, on the host (one synchronisation if the spans are on a GPU)."""
-        return [(end - start, end - start + stop - begin) for start, end, begin, stop in self.spans.tolist()]
-
-    def gather_keys(self, states: Tensor) -> Tensor:
-        """Rows of ``states`` (T, H, head size) in the order in which the sequences read them."""
-        return states if self.key_index is None else states.index_select(0, self.key_index)
-
-    def mask(self, query: int, key: int, window: int | None, device: torch.device) -> Tensor:
-        """Boolean mask (query, key), true where attention is allowed; kept, because every layer asks again."""
-        if (query, key, window) not in self._masks:
-            self._masks[query, key, window] = causal_mask(query, key, window, device)
-        return self._masks[query, key, window]
-
-
-def causal_mask(query: int, key: int, window: int | None, device: torch.device) -> Tensor:
-    """Causal mask aligned at the bottom right, true where attention is allowed, shape ``(query, key)``.
-
-    Args:
-        query: Number of queries; they are the last of the keys.
-        key: Number of keys.
-        window: A query sees itself and the ``window - 1`` positions before it; ``None`` for all.
-        device: Where the mask is made.
-    """
-    distance = torch.arange(key - query, key, device=device)[:, None] - torch.arange(key, device=device)
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
+# What a call costs by itself, in multiply-adds of attention that take as long, by kind of device.
+CALL = {"cpu": 2**17, "cuda": 2**28}
+# Up to so many keys the CPU computes 16-bit attention, forward and backward together, faster in fp32.
+WIDE_UP_TO = 256
 
 
 def ragged_causal_attention(
@@ -111,26 +53,26 @@ def ragged_causal_attention(
     """
     plain = softcap is not None or sinks is not None
     if not plain and not dropout:
-        out = _varlen(query, key, value, layout, scale, window)
+        out = varlen_attention(query, key, value, layout, scale, window)
         if out is not None:
             return out
-    lengths = layout.lengths
-    queries = query.split([q for q, _ in lengths])
-    keys = layout.gather_keys(key).split([k for _, k in lengths])
-    values = layout.gather_keys(value).split([k for _, k in lengths])
+    overhead = CALL.get(query.device.type, CALL["cpu"]) // query[0].numel()
+    blocks, query_index, key_index, restore = layout.blocks(overhead, window, masked=plain)
+    queries = _gather(query, query_index).split([len(block.sequences) * block.query for block in blocks])
+    keys, values = (
+        _gather(states, key_index).split([len(block.sequences) * block.key for block in blocks])
+        for states in (key, value)
+    )
     outputs = []
-    for (q, k), *states in zip(lengths, queries, keys, values, strict=True):
-        query_s, key_s, value_s = (part.transpose(0, 1) for part in states)
-        sliding = window if window is not None and window < k else None
-        mask = None if q == k and sliding is None and not plain else layout.mask(q, k, sliding, query.device)
+    for block, *states in zip(blocks, queries, keys, values, strict=True):
+        # (sequences, heads, length, size)
+        q, k, v = (part.unflatten(0, (len(block.sequences), -1)).transpose(1, 2) for part in states)
         if plain:
-            out = plain_attention(
-                query_s, key_s, value_s, mask, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout
-            )
+            out = plain_attention(q, k, v, block.mask, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout)
         else:
-            out = _sdpa(query_s, key_s, value_s, mask, scale=scale, dropout=dropout)
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
+            out = _sdpa(q, k, v, block.mask, scale=scale, dropout=dropout)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return _gather(torch.cat(outputs), restore)
 
 
 def plain_attention(
@@ -165,93 +107,27 @@ def plain_attention(
     return weights.to(value.dtype) @ value
 
 
-def varlen_applies(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernel can take these states: Ampere or later, 16-bit, head size a multiple of 8."""
-    head_size = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and head_size == value.shape[-1]
-        and head_size % 8 == 0
-        and head_size <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def varlen_keywords(
-    parameters: Collection[str], *, head_size: int, grouped: bool, scale: float, window: int | None
-) -> dict[str, Any] | None:
-    """Keywords that ask a version of the kernel for causal attention.
-
-    torch 2.10 has ``is_causal`` and no ``scale``; later versions have ``scale``, ``window_size = (left, right)``
-    and, last, ``enable_gqa``.
-
-    Args:
-        parameters: Names of the kernel's parameters.
-        head_size: Size of a head, whose inverse root is the default scale.
-        grouped: Whether there are fewer key heads than query heads.
-        scale: Factor of the scores.
-        window: Sliding window, or ``None``.
-
-    Returns:
-        The keywords; ``None`` where this version has no sliding window and one is asked for. A scale or a grouping
-        that the version does not know is missing from the keywords: the caller folds it into the states.
-    """
-    if "window_size" in parameters:
-        keywords: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
-    elif window is None:
-        keywords = {"is_causal": True}
-    else:
-        return None
-    if "scale" in parameters and scale != head_size**-0.5:
-        keywords["scale"] = scale
-    if grouped and "enable_gqa" in parameters:
-        keywords["enable_gqa"] = True
-    return keywords
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: RaggedLayout, scale: float, window: int | None
-) -> Tensor | None:
-    """The whole stream in one call of the kernel, or ``None`` where it does not apply."""
-    kernel, head_size, heads = _varlen_kernel(), query.shape[-1], query.shape[-2]
-    if kernel is None or not varlen_applies(query, value):
-        return None
-    grouped = heads != key.shape[-2]
-    parameters = inspect.signature(kernel).parameters
-    keywords = varlen_keywords(parameters, head_size=head_size, grouped=grouped, scale=scale, window=window)
-    if keywords is None:
-        return None
-    key, value = layout.gather_keys(key), layout.gather_keys(value)
-    if grouped and "enable_gqa" not in keywords:
-        key, value = (states.repeat_interleave(heads // states.shape[-2], dim=-2) for states in (key, value))
-    if "scale" not in keywords and scale != head_size**-0.5:
-        query = query * (scale * head_size**0.5)
-    return kernel(query, key, value, layout.cu_query, layout.cu_key, layout.max_query, layout.max_key, **keywords)
-
-
-@functools.cache
-def _varlen_kernel() -> Callable[..., Any] | None:
-    """``varlen_attn`` of this PyTorch; ``None`` where it has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dropout: float) -> Tensor:
-    """Causal where ``mask`` is ``None``; states (H, length, head size)."""
-    heads = query.shape[0]
+    """Causal where ``mask`` is ``None``; states (sequences, heads, length, size)."""
+    dtype, on_cpu, heads = query.dtype, query.device.type == "cpu", query.shape[1]
+    if not on_cpu:  # where not every kernel knows groups of heads
+        key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    elif dtype.itemsize < 4 and key.shape[2] <= WIDE_UP_TO:
+        query, key, value = query.float(), key.float(), value.float()
     return F.scaled_dot_product_attention(
-        query[None],
-        _repeat_heads(key, heads)[None],
-        _repeat_heads(value, heads)[None],
+        query,
+        key,
+        value,
         attn_mask=mask,
         is_causal=mask is None,
         dropout_p=dropout,
         scale=scale,
-    )[0]
+        enable_gqa=heads != key.shape[1],
+    ).to(dtype)
+
+
+def _gather(states: Tensor, index: Tensor | None) -> Tensor:
+    return states if index is None else states.index_select(0, index)
 
 
 def _repeat_heads(states: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20
+# Chunks that are too small let a GPU wait for the head's weights, which every chunk reads anew.
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 class Outputs(NamedTuple):
@@ -62,9 +63,10 @@ class Head:
         """Derivative of the softcap where logits came out of it."""
         return None if self.softcap is None else 1 - (logits / self.softcap).square_()
 
-    def chunks(self, chunk_bytes: int) -> list[slice]:
+    def chunks(self, chunk_bytes: int | None) -> list[slice]:
         """Rows in pieces whose logits, in the compute dtype, in fp32 and in one temporary, stay within a bound."""
-        rows = max(1, chunk_bytes // (self.weight.shape[0] * 12))
+        bound = chunk_bytes or CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
+        rows = max(1, bound // (self.weight.shape[0] * 12))
         return [slice(start, start + rows) for start in range(0, self.hidden.shape[0], rows)]
 
 
@@ -77,9 +79,9 @@ class HeadGradients:
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        self.head = head
+        self.head, self.needs_weight = head, needs[1]
         self.hidden = torch.empty_like(head.hidden) if needs[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=head.wide) if needs[1] else None
+        self.weight: Tensor | None = None
         self.bias = torch.zeros_like(head.bias, dtype=head.wide) if needs[2] and head.bias is not None else None
 
     def add(self, chunk: slice, grad_logits: Tensor, slope: Tensor | None) -> None:
@@ -92,14 +94,16 @@ class HeadGradients:
         cast = grad_logits.to(head.dtype)
         if self.hidden is not None:
             self.hidden[chunk] = cast @ head._cast_weight
-        if self.weight is not None:
-            self.weight += cast.t() @ head.hidden[chunk].to(head.dtype)
+        if self.needs_weight:
+            product = cast.t() @ head.hidden[chunk].to(head.dtype)
+            self.weight = product.to(head.wide) if self.weight is None else self.weight.add_(product)
         if self.bias is not None:
             self.bias += grad_logits.sum(0)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias, in their dtypes."""
-        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
+        weight = torch.zeros_like(self.head.weight) if self.needs_weight else None  # what remains without any row
+        weight = weight if self.weight is None else self.weight.to(self.head.weight.dtype)
         bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
         return self.hidden, weight, bias
 

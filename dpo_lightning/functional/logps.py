@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_lightning.functional.head import CHUNK_BYTES, Head, HeadGradients, Outputs, product_dtype
+from dpo_lightning.functional.head import Head, HeadGradients, Outputs, product_dtype
 
 
 def token_logps(
@@ -22,7 +22,7 @@ def token_logps(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     r"""Log-probability of each target under the output head.
 
@@ -39,7 +39,7 @@ def token_logps(
         bias: Bias of the output head, shape ``(V,)``.
         scale: Factor of the logits (Cohere; Granite has its inverse).
         softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        chunk_bytes: Bound on the memory that logits take at any time.
+        chunk_bytes: Bound on the memory that logits take at any time; by default one that suits the device.
 
     Returns:
         Log-probabilities in nats, fp32 or wider, shape ``(N,)``.
@@ -64,7 +64,7 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
     ) -> Tensor:
         ctx.dtype, ctx.constants, ctx.chunk_bytes = product_dtype(hidden), (scale, softcap), chunk_bytes
         with torch.autocast(hidden.device.type, enabled=False):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_lightning.functional.head import CHUNK_BYTES, Head, HeadGradients, Outputs, product_dtype
+from dpo_lightning.functional.head import Head, HeadGradients, Outputs, product_dtype
 
 
-def token_kl(reference: Outputs, policy: Outputs, *, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def token_kl(reference: Outputs, policy: Outputs, *, chunk_bytes: int | None = None) -> Tensor:
     r"""Divergence of two next-token distributions at every row, differentiable in the policy.
 
     .. math:: D_n = \sum_v \pi_{ref}(v) \left( \log \pi_{ref}(v) - \log \pi(v) \right)
@@ -20,7 +20,8 @@ def token_kl(reference: Outputs, policy: Outputs, *, chunk_bytes: int = CHUNK_BY
     Args:
         reference: Hidden states and head of the reference, which gets no gradient.
         policy: Those of the policy, row by row at the same positions.
-        chunk_bytes: Bound on the memory that the logits of either take at any time.
+        chunk_bytes: Bound on the memory that the logits of either take at any time; by default one that suits the
+            device.
 
     Returns:
         Divergences in nats, fp32 or wider, shape ``(N,)``.
@@ -30,7 +31,7 @@ def token_kl(reference: Outputs, policy: Outputs, *, chunk_bytes: int = CHUNK_BY
 
 
 @torch.no_grad()
-def log_collision(outputs: Outputs, *, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def log_collision(outputs: Outputs, *, chunk_bytes: int | None = None) -> Tensor:
     r"""Log of the probability that two draws from a next-token distribution agree, without gradient.
 
     .. math:: \log \sum_v \pi(v)^2
@@ -39,7 +40,7 @@ def log_collision(outputs: Outputs, *, chunk_bytes: int = CHUNK_BYTES) -> Tensor
 
     Args:
         outputs: Hidden states and head.
-        chunk_bytes: Bound on the memory that logits take at any time.
+        chunk_bytes: Bound on the memory that logits take at any time; by default one that suits the device.
 
     Returns:
         Values in nats, at most 0, fp32 or wider, shape ``(N,)``.
@@ -64,7 +65,7 @@ class _TokenKL(torch.autograd.Function):
         bias: Tensor | None,
         constants: tuple[float, float | None],
         reference: Outputs,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
     ) -> Tensor:
         ctx.dtype, ctx.constants, ctx.chunk_bytes = product_dtype(hidden), constants, chunk_bytes
         ctx.reference_constants = (reference.scale, reference.softcap)

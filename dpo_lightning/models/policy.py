@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_lightning.batch import Logps, PreferenceBatch
-from dpo_lightning.functional.attention import RaggedLayout
 from dpo_lightning.functional.head import Outputs
+from dpo_lightning.functional.layout import RaggedLayout
 from dpo_lightning.functional.logps import sum_by_owner, token_logps
 from dpo_lightning.functional.vocabulary import log_collision, token_kl
 from dpo_lightning.models.seam import ATTENTION, stream_mask

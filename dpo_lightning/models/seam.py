@@ -15,9 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lightning.functional.attention import RaggedLayout, plain_attention, ragged_causal_attention
+from dpo_lightning.functional.attention import plain_attention, ragged_causal_attention
+from dpo_lightning.functional.layout import RaggedLayout
 
 ATTENTION = "dpo_lightning"
+
+_attend = ragged_causal_attention
+
+
+def keep_attention_out_of_graphs() -> None:
+    """Have compiled layers call attention between their graphs: what it does depends on the lengths of a batch."""
+    global _attend
+    _attend = torch.compiler.disable(ragged_causal_attention)
 
 
 def attention_forward(
@@ -41,7 +50,7 @@ def attention_forward(
             # Rotary positions leave queries and keys in fp32 beside 16-bit values.
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        out = ragged_causal_attention(
+        out = _attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.batch import PreferenceBatch, lay_out
 from dpo_lightning.errors import UsageError
-from dpo_lightning.functional.attention import RaggedLayout, causal_mask, plain_attention, ragged_causal_attention
+from dpo_lightning.functional.attention import plain_attention, ragged_causal_attention
+from dpo_lightning.functional.layout import RaggedLayout, causal_mask
 from dpo_lightning.models.miniature import VOCABULARY, WINDOW, miniature, with_wider_window
 from dpo_lightning.models.policy import CausalPolicy, Layout
 
@@ -175,7 +176,8 @@ def _written_out(states: list[Tensor], spans: Tensor, window: int | None) -> Ten
     for start, end, begin, stop in spans.tolist():
         query = states[0][start:end].transpose(0, 1)
         key, value = (torch.cat([part[begin:stop], part[start:end]]).transpose(0, 1) for part in states[1:])
-        mask = causal_mask(query.shape[1], key.shape[1], window, query.device)
+        column = torch.arange(key.shape[1], device=key.device)
+        mask = causal_mask(column[-query.shape[1] :], column, window)
         outputs.append(plain_attention(query, key, value, mask, scale=query.shape[-1] ** -0.5).transpose(0, 1))
     return torch.cat(outputs)
 

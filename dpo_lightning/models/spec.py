@@ -25,6 +25,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.models.adapters import TRAINED, LoRA, adapter_weights, merged
 from dpo_lightning.models.policy import CausalPolicy, Layout
 from dpo_lightning.models.selfcheck import Verdict, choose_layout
+from dpo_lightning.models.shard import checkpoint_layers, compile_layers
 from dpo_lightning.paths import PACKAGE, resolve
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class PolicySpec:
         random_init: Start from random weights of the same config instead of the pretrained ones.
         layout: stream runs every prompt once, rows pads each response into a row; auto takes the stream where a
             check on a small random model of the same config proves it right.
-        activation_checkpointing: Compute each layer's activations again in backward instead of keeping them.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: of every layer, or
+            of every n-th.
+        compile: Compile the decoder layers, which takes a minute at the start and then saves about a tenth of a step.
         dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios. A resumed run then
             draws other noise than an uninterrupted one.
         lora: Train low-rank adapters instead of the weights themselves.
@@ -58,7 +61,8 @@ class PolicySpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     random_init: bool = False
     layout: Literal["auto", "stream", "rows"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
+    compile: bool = False
     dropout: bool = False
     lora: LoRA | None = None
     quantize: Literal["8bit", "4bit"] | None = None
@@ -66,6 +70,11 @@ class PolicySpec:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
+        if self.activation_checkpointing < 0:
+            raise UsageError(
+                "`policy.activation_checkpointing` is true, false, or n for every n-th layer, got "
+                f"{self.activation_checkpointing}."
+            )
         if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise UsageError('`quantize` needs bitsandbytes: pip install -c constraints.txt -e ".[quantize]".')
         if self.quantize is not None and self.random_init:
@@ -90,7 +99,9 @@ class PolicySpec:
                 self.lora.add(model)
             policy = CausalPolicy(model, layout)
         if self.activation_checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(policy.model, int(self.activation_checkpointing))
+        if self.compile:
+            compile_layers(policy.model)
         return policy.train()
 
     def load_config(self) -> PretrainedConfig:

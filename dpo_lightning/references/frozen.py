@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.policy import CausalPolicy, score
 from dpo_lightning.models.spec import PolicySpec, at
@@ -42,18 +42,23 @@ class FrozenCopy(Reference):
 
     def check(self, spec: PolicySpec) -> None:
         """A named model must exist."""
+        if self.offload and spec.compile:
+            raise UsageError(
+                "`reference.offload` brings weights to layers as they run, which compiled layers cannot have; leave out "
+                "one of it and `policy.compile`."
+            )
         if self.path is not None or self.quantize is not None:
             self._spec(spec).load_config()
 
     def build(self, found: Circumstances) -> ReferenceModel:
         """A deep copy, or the model at the path."""
         if self.path is None and self.quantize is None:
-            policy = copy.deepcopy(found.initial())
+            policy = found.copy()
             if self.dtype is not None:
                 policy.to(getattr(torch, self.dtype))
         else:
             policy = found.load(self._spec(found.spec))
-        return OffloadedPolicy(policy, found.device) if self.offload else FrozenPolicy(policy)
+        return OffloadedPolicy(policy, found.device) if self.offload else FrozenPolicy(policy, found.autocast)
 
     def _spec(self, spec: PolicySpec) -> PolicySpec:
         spec = spec if self.path is None else at(spec, self.path, self.revision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +40,7 @@ class Synced(Reference):
 
     def build(self, found: Circumstances) -> SyncedPolicy:
         """A deep copy."""
-        return SyncedPolicy(copy.deepcopy(found.initial()), self.alpha, self.interval)
+        return SyncedPolicy(found.copy(), self.alpha, self.interval)
 
 
 class SyncedPolicy(FrozenPolicy):

@@ -8,15 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_lightning.functional import attention
-from dpo_lightning.functional.attention import (
-    RaggedLayout,
-    causal_mask,
-    plain_attention,
-    ragged_causal_attention,
-    varlen_applies,
-    varlen_keywords,
-)
+from dpo_lightning.functional import attention, varlen
+from dpo_lightning.functional.attention import plain_attention, ragged_causal_attention
+from dpo_lightning.functional.layout import RaggedLayout, causal_mask, grouped
+from dpo_lightning.functional.varlen import varlen_applies, varlen_keywords
 
 # Prompt length and response lengths of each example, by the largest number of responses.
 STREAMS = {
@@ -102,6 +97,13 @@ def assert_equals_dense(states, examples, layout, **kwargs):
         torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+# What a call costs by itself: nothing, so that every sequence is one; a little; so much that all are padded together.
+@pytest.fixture(params=[0, 10 * HEADS * SIZE, 2**30], ids=["one by one", "some together", "all together"])
+def cost_of_a_call(request, monkeypatch):
+    monkeypatch.setitem(attention.CALL, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("cost_of_a_call")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("option", OPTIONS)
@@ -112,12 +114,14 @@ def test_the_stream_equals_dense_attention_under_its_mask(num_responses, option,
     assert_equals_dense(states, examples, layout_of(examples), scale=0.4, **OPTIONS[option])
 
 
+@pytest.mark.usefixtures("cost_of_a_call")
 @pytest.mark.parametrize("window", [1, 2, 7, 8, 13, 14, 100])
 def test_any_window_counts_positions_across_the_prompts_end(window):
     examples = STREAMS[3]  # sequences of 12, 13, 9, 5 and 3 tokens
     assert_equals_dense(random_states(examples), examples, layout_of(examples), scale=0.4, window=window)
 
 
+@pytest.mark.usefixtures("cost_of_a_call")
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_values_may_have_another_size_than_keys(option):
     examples = STREAMS[2]
@@ -125,6 +129,7 @@ def test_values_may_have_another_size_than_keys(option):
     assert_equals_dense(states, examples, layout_of(examples), scale=0.4, **OPTIONS[option])
 
 
+@pytest.mark.usefixtures("cost_of_a_call")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_without_prefixes_the_stream_itself_is_the_keys(option):
     examples = STREAMS[1]
@@ -147,6 +152,29 @@ def test_lengths_of_queries_and_keys_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("lengths", "overhead", "expected"),
+    [
+        ([(5, 5), (4, 4), (5, 5)], 0, [[0, 2], [1]]),  # equal shapes need no padding
+        ([(5, 5), (4, 4)], 9, [[0, 1]]),
+        ([(5, 5), (4, 4)], 8, [[0], [1]]),
+        ([(5, 5), (2, 5), (5, 5), (3, 5)], 100, [[0, 2], [3, 1]]),  # with a prefix a mask is needed
+        ([(2, 6), (4, 5)], 100, [[0, 1]]),  # the second has more queries
+        ([(2, 6), (4, 5)], 3, [[0], [1]]),  # 2 x (4 x 6) for 12 + 20 wastes 16
+        ([(9, 9)], 0, [[0]]),
+    ],
+)
+def test_sequences_of_like_shape_go_together_where_padding_costs_less_than_a_call(lengths, overhead, expected):
+    assert grouped(lengths, overhead) == expected
+
+
+def test_blocks_are_made_once_a_forward_for_all_layers():
+    layout = layout_of(STREAMS[3])
+    assert layout.blocks(50) is layout.blocks(50)
+    assert layout.blocks(50, window=layout.max_key) is layout.blocks(50)  # a window that nothing leaves
+    assert layout.blocks(50, window=2) is not layout.blocks(50)
+
+
+@pytest.mark.parametrize(
     ("query", "key", "window", "expected"),
     [
         (3, 3, None, ["x..", "xx.", "xxx"]),
@@ -157,13 +185,15 @@ def test_lengths_of_queries_and_keys_by_hand():
     ],
 )
 def test_causal_mask_by_hand(query, key, window, expected):
-    mask = causal_mask(query, key, window, torch.device("cpu"))
+    mask = causal_mask(torch.arange(key - query, key), torch.arange(key), window)
     assert mask.tolist() == [[mark == "x" for mark in row] for row in expected]
 
 
+@pytest.mark.parametrize("wide_up_to", [0, 256])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_states_give_sixteen_bit_outputs_within_rounding(option, dtype):
+def test_sixteen_bit_states_give_sixteen_bit_outputs_within_rounding(option, dtype, wide_up_to, monkeypatch):
+    monkeypatch.setattr(attention, "WIDE_UP_TO", wide_up_to)
     examples = STREAMS[3]
     states = [state.detach().to(dtype) for state in random_states(examples)]
     out = ragged_causal_attention(*states, layout_of(examples), scale=0.4, **OPTIONS[option])
@@ -267,8 +297,8 @@ def installed(monkeypatch):
             return KERNELS[version](*args, **kwargs)
 
         kernel.__signature__ = inspect.signature(KERNELS[version])
-        monkeypatch.setattr(attention, "_varlen_kernel", lambda: kernel)
-        monkeypatch.setattr(attention, "varlen_applies", lambda query, value: True)
+        monkeypatch.setattr(varlen, "varlen_kernel", lambda: kernel)
+        monkeypatch.setattr(varlen, "varlen_applies", lambda query, value: True)
         return calls
 
     return install
@@ -330,7 +360,7 @@ def test_keywords_of_every_version_by_hand(version, grouped, scale, window, expe
 
 
 def test_the_installed_kernel_takes_what_it_is_given():
-    signature = inspect.signature(attention._varlen_kernel())
+    signature = inspect.signature(varlen.varlen_kernel())
     keywords = varlen_keywords(signature.parameters, head_size=16, grouped=True, scale=0.4, window=None)
     signature.bind(*range(7), **keywords)  # raises if a name or the number of arguments is wrong
     assert [*signature.parameters][:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
@@ -374,7 +404,7 @@ def test_cuda_kernel_in_bf16_equals_the_loop_in_fp32(window, kv_heads, scale, mo
     expected = value_and_gradients(ragged_causal_attention(*exact, layout, scale=scale, window=window), exact)
     on_gpu = RaggedLayout(layout.spans.cuda(), layout.key_index.cuda(), layout.max_query, layout.max_key)
     states = [state.cuda().requires_grad_() for state in states]
-    monkeypatch.setattr(RaggedLayout, "mask", None)  # the loop would need it
+    monkeypatch.setattr(RaggedLayout, "blocks", None)  # the other path would need it
     out = ragged_causal_attention(*states, on_gpu, scale=scale, window=window)
     cotangent = torch.linspace(-1, 1, out.numel()).view_as(out).sin().to(out)
     got = [out, *torch.autograd.grad((out * cotangent).sum(), states)]

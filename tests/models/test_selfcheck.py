@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
-from dpo_lightning.functional.attention import RaggedLayout
+from dpo_lightning.functional.layout import RaggedLayout
 from dpo_lightning.models import miniature as miniatures
 from dpo_lightning.models import policy, seam, selfcheck
 from dpo_lightning.models.miniature import WINDOW, miniature
@@ -117,7 +117,7 @@ def default_scale(query, key, value, layout, *, scale, **kwargs):
 )
 def test_wrong_attention_is_caught(family, wrong, monkeypatch):
     config = family_config(family, **({"attention_multiplier": 0.015625} if family == "granite" else {}))
-    monkeypatch.setattr(seam, "ragged_causal_attention", wrong)
+    monkeypatch.setattr(seam, "_attend", wrong)
     verdict = choose_layout(config)
     assert verdict.layout == "rows"
     assert verdict.difference > SENSITIVITY * 2e-5  # a hundredfold of what rounding makes
@@ -153,7 +153,7 @@ def test_a_window_that_no_layer_uses_does_not_refuse_the_stream():
 def test_the_window_counts_where_a_layer_uses_it(monkeypatch):
     config = family_config("qwen2", use_sliding_window=True, sliding_window=4096, max_window_layers=16)
     assert choose_layout(config).layout == "stream"
-    monkeypatch.setattr(seam, "ragged_causal_attention", window_forgotten)
+    monkeypatch.setattr(seam, "_attend", window_forgotten)
     assert choose_layout(config).layout == "rows"
 
 

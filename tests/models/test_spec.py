@@ -156,13 +156,23 @@ def test_the_layout_is_checked_where_and_in_what_the_policy_computes(tiny_llama,
     assert messages[0].startswith("llama models cannot read the token stream: it is Monday.")
 
 
-@pytest.mark.parametrize(("checkpointing", "expected"), [(False, 1), (True, 2)])
-def test_activation_checkpointing_is_one_argument(tiny_llama, checkpointing, expected):
+@pytest.mark.parametrize(("checkpointing", "expected"), [(False, [1, 1]), (True, [2, 2]), (1, [2, 2]), (2, [2, 1])])
+def test_activation_checkpointing_is_of_no_layer_every_layer_or_every_nth(tiny_llama, checkpointing, expected):
     policy = PolicySpec(path=tiny_llama, activation_checkpointing=checkpointing).build()
-    runs = []
-    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    runs = [0, 0]
+
+    def count(number):
+        runs[number] += 1
+
+    for number, layer in enumerate(policy.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: count(number))
     policy(BATCH).total.sum().backward()
-    assert len(runs) == expected  # once more in backward
+    assert runs == expected  # once more in backward
+
+
+def test_activation_checkpointing_takes_no_negative_number(tiny_llama):
+    with pytest.raises(UsageError, match=r"`policy.activation_checkpointing` is true, false, or n.*got -1"):
+        PolicySpec(path=tiny_llama, activation_checkpointing=-1)
 
 
 def test_the_tokenizer_lies_with_the_model_unless_it_is_named(tiny_llama, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import data, fit, module, same, saving, trained, trainer, weights
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PolicySpec
 from dpo_lightning.errors import UsageError
@@ -15,6 +16,7 @@ from dpo_lightning.losses import TDPO1Loss
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.references import FrozenCopy, fingerprint
 from dpo_lightning.references import frozen as frozen_module
+from dpo_lightning.references.base import FrozenPolicy
 from dpo_lightning.references.frozen import OffloadedPolicy
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -31,6 +33,15 @@ def other(tiny_llama, tmp_path):
             parameter.mul_(1.1)
     policy.model.save_pretrained(tmp_path / "other")
     return str(tmp_path / "other")
+
+
+@pytest.fixture
+def tied_llama(tiny_llama, tmp_path):
+    """A model whose output head is its embedding."""
+    config = PolicySpec(path=tiny_llama).load_config()
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    return str(tmp_path / "tied")
 
 
 def test_another_model_is_the_reference_as_it_lies_there(tiny_llama, tmp_path, other, caplog):
@@ -176,3 +187,30 @@ def test_new_adapters_resume_whatever_the_seed(tiny_llama, tmp_path, reference):
     loaded = DPOModule.load_from_checkpoint(tmp_path / "step=6.ckpt", weights_only=True)
     before, after = (trainer(tmp_path).validate(m, data(tiny_llama), verbose=False)[0] for m in (whole, loaded))
     assert after == before
+
+
+def test_under_mixed_precision_linear_weights_are_kept_narrow_and_give_the_same_bits(tiny_llama, tmp_path):
+    dpo, examples = module(tiny_llama), data(tiny_llama)
+    fit(tmp_path, dpo, examples, precision="bf16-mixed")
+    model = dpo.reference_policy.policy.model
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
+    plain = FrozenPolicy(PolicySpec(path=tiny_llama).build())
+    assert dpo.reference_policy.fingerprint == plain.fingerprint
+    batch = next(iter(examples.train_dataloader()))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(batch).total
+        assert torch.equal(dpo.reference_policy(batch).total, expected)
+    assert torch.equal(dpo.reference_policy(batch).total, expected)  # whatever surrounds it
+    assert not torch.equal(plain(batch).total, expected)
+
+
+def test_an_output_head_that_is_the_embedding_too_stays_as_it_is(tied_llama):
+    policy = FrozenPolicy(PolicySpec(path=tied_llama).build(), torch.bfloat16).policy
+    assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
+    assert policy.model.lm_head.weight.dtype == torch.float32
+
+
+def test_offload_and_compiled_layers_are_refused_together(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match=r"`reference.offload`.*`policy.compile`"):
+        fit(tmp_path, module(tiny_llama, FrozenCopy(offload=True), compile=True), data(tiny_llama))
