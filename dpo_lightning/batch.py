@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,37 @@ class PreferenceBatch(NamedTuple):
     max_key: int
     digest: Tensor | None = None
 
+    @property
+    def pieces(self) -> tuple[PreferenceBatch]:
+        """Itself, since it is run at once."""
+        return (self,)
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """What was found for its one piece."""
+        (whole,) = values
+        return whole
+
+
+class MicroBatches(NamedTuple):
+    """One batch in pieces, run one after the other because together they have too many tokens for a device.
+
+    Attributes:
+        pieces: Batches of the same K that share the examples among them.
+        order: Where each example of the batch stands in the pieces behind each other, int64, shape ``(B,)``; None
+            where that is no matter.
+    """
+
+    pieces: Sequence[PreferenceBatch]
+    order: Tensor | None = None
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """What was found for each piece, shape ``(examples, ...)`` each, in the order of the batch, ``(B, ...)``."""
+        whole = torch.cat(list(values))
+        return whole if self.order is None else whole[self.order]
+
+
+Batch = PreferenceBatch | MicroBatches
+
 
 class Logps(NamedTuple):
     """Log-probabilities that a model gives to the responses of a batch.
@@ -75,6 +107,7 @@ def lay_out(
     examples: Sequence[tuple[list[int], list[list[int]]]],
     rows: Sequence[int] | None = None,
     scored: Sequence[list[list[bool]] | None] | None = None,
+    num_responses: int | None = None,
 ) -> PreferenceBatch:
     """One stream ``prompt | response_1 | ... | response_K``, example behind example, no padding.
 
@@ -83,53 +116,67 @@ def lay_out(
             have different numbers of responses.
         rows: Number of each example in its source; 0, 1, ... unless given.
         scored: For each example which tokens of each response are scored, at least one; None where all are.
+        num_responses: K, at least the largest number of responses, which it is unless given.
 
     Returns:
-        A batch on the CPU, with K the largest number of responses.
+        A batch on the CPU.
     """
-    num_responses = max(len(responses) for _, responses in examples)
-    tokens: list[list[int]] = []
-    positions: list[range] = []
-    spans: list[tuple[int, int, int, int]] = []
-    keys: list[range] = []
-    sources: list[Iterable[int]] = []
-    targets: list[Iterable[int]] = []
-    lengths: list[list[int]] = []
-    cursor = 0
-    for (prompt_ids, responses), masks in zip(examples, scored or [None] * len(examples), strict=True):
-        prompt_start, prompt = cursor, len(prompt_ids)
-        prompt_end = prompt_start + prompt
-        tokens.append(prompt_ids)
-        positions.append(range(prompt))
-        cursor = prompt_end
-        for index, response in enumerate(responses):
-            start, cursor = cursor, cursor + len(response)
-            tokens.append(response)
-            positions.append(range(prompt, prompt + len(response)))
-            if index == 0:
-                spans.append((prompt_start, cursor, prompt_start, prompt_start))
-            else:
-                spans.append((start, cursor, prompt_start, prompt_end))
-                keys.append(range(prompt_start, prompt_end))
-            keys.append(range(spans[-1][0], cursor))
-            # The last token of the prompt predicts the first of every response.
-            predictors = chain((prompt_end - 1,), range(start, cursor - 1))
-            sources.append(predictors if masks is None else compress(predictors, masks[index]))
-            targets.append(response if masks is None else compress(response, masks[index]))
-        counts = map(len, responses) if masks is None else map(sum, masks)
-        lengths.append([*counts] + [0] * (num_responses - len(responses)))
-    length = torch.tensor(lengths)
-    shares_prompts = num_responses > 1
+    # One entry an example (B) or a response (S); what has one entry a token is made of these, without a Python loop.
+    prompt_B = np.array([len(prompt) for prompt, _ in examples])
+    count_B = np.array([len(responses) for _, responses in examples])
+    size_S = np.array([len(response) for _, responses in examples for response in responses])
+    example_S = np.repeat(np.arange(len(examples)), count_B)
+    index_S = _ranges(np.zeros_like(count_B), count_B)
+    first_S = index_S == 0
+
+    before_S = np.cumsum(size_S) - size_S
+    start_S = before_S + np.cumsum(prompt_B)[example_S]
+    prompt_end_S = start_S[first_S][example_S]
+    prefix_start_S = prompt_end_S - prompt_B[example_S]
+    prefix_end_S = np.where(first_S, prefix_start_S, prompt_end_S)
+    query_start_S = np.where(first_S, prefix_start_S, start_S)
+    prefix_S, query_S = prefix_end_S - prefix_start_S, start_S + size_S - query_start_S
+
+    tokens = list(chain.from_iterable(chain(prompt, *responses) for prompt, responses in examples))
+    input_ids = np.array(tokens, np.int64)
+    source = _ranges(start_S - 1, size_S)
+    source[before_S] = prompt_end_S - 1  # the last token of the prompt predicts the first of every response
+    target = input_ids[_ranges(start_S, size_S)]
+    most = num_responses or int(count_B.max())
+    owner = np.repeat(example_S * most + index_S, size_S)
+    if scored is not None and any(scored):
+        is_scored = _flat_masks(examples, scored)
+        source, target, owner = source[is_scored], target[is_scored], owner[is_scored]
+    key_index = None
+    if count_B.max() > 1:
+        starts, sizes = np.stack([prefix_start_S, query_start_S], 1), np.stack([prefix_S, query_S], 1)
+        key_index = torch.from_numpy(_ranges(starts.ravel(), sizes.ravel()))
     return PreferenceBatch(
-        input_ids=torch.tensor(list(chain.from_iterable(tokens))),
-        position_ids=torch.tensor(list(chain.from_iterable(positions))),
-        spans=torch.tensor(spans),
-        key_index=torch.tensor(list(chain.from_iterable(keys))) if shares_prompts else None,
-        source=torch.tensor(list(chain.from_iterable(sources))),
-        target=torch.tensor(list(chain.from_iterable(targets))),
-        owner=torch.repeat_interleave(length.flatten()),
-        length=length,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(_ranges(np.where(first_S, 0, prompt_B[example_S]), query_S)),
+        spans=torch.from_numpy(np.stack([query_start_S, start_S + size_S, prefix_start_S, prefix_end_S], 1)),
+        key_index=key_index,
+        source=torch.from_numpy(source),
+        target=torch.from_numpy(target),
+        owner=torch.from_numpy(owner),
+        length=torch.from_numpy(np.bincount(owner, minlength=len(examples) * most).reshape(-1, most)),
         row=torch.tensor(rows if rows is not None else range(len(examples))),
-        max_query=max(end - start for start, end, _, _ in spans),
-        max_key=max(end - start + stop - begin for start, end, begin, stop in spans),
+        max_query=int(query_S.max()),
+        max_key=int((prefix_S + query_S).max()),
     )
+
+
+def _flat_masks(
+    examples: Sequence[tuple[list[int], list[list[int]]]], scored: Sequence[list[list[bool]] | None]
+) -> np.ndarray:
+    """Whether each response token is scored."""
+    masks = (
+        masks or [[True] * len(response) for response in responses]
+        for (_, responses), masks in zip(examples, scored, strict=True)
+    )
+    return np.array(list(chain.from_iterable(chain.from_iterable(masks))))
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """``range(start, start + size)`` for each, behind each other."""
+    return np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from dpo_lightning.batch import PreferenceBatch, lay_out
+from dpo_lightning.batch import Batch, MicroBatches, PreferenceBatch, lay_out
 from dpo_lightning.data.example import TokenizedExample
 
+T = TypeVar("T")
 
-def collate(examples: Sequence[TokenizedExample]) -> PreferenceBatch:
-    """The stream of some examples, on the CPU, with K the largest number of responses."""
+
+def collate(examples: Sequence[TokenizedExample], num_responses: int | None = None) -> PreferenceBatch:
+    """The stream of some examples, on the CPU, with K the largest number of responses unless given."""
     texts, rows = [(e.prompt_ids, e.response_ids) for e in examples], [e.row for e in examples]
     digests = [e.digest for e in examples if e.digest is not None]
     digest = torch.tensor(digests) if len(digests) == len(examples) else None
-    return lay_out(texts, rows, [e.scored for e in examples])._replace(digest=digest)
+    return lay_out(texts, rows, [e.scored for e in examples], num_responses)._replace(digest=digest)
+
+
+def collate_pieces(pieces: Sequence[Sequence[TokenizedExample]], order: Tensor | None = None) -> Batch:
+    """The streams of the pieces of a batch, with K the same for all of them, and the order of the whole."""
+    num_responses = max(len(example.response_ids) for piece in pieces for example in piece)
+    batches = [collate(piece, num_responses) for piece in pieces]
+    return batches[0] if len(batches) == 1 else MicroBatches(batches, order)
+
+
+def as_it_is(batch: T) -> T:
+    """What a DataLoader does with a batch that is one already."""
+    return batch

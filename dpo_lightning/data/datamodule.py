@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,22 +15,22 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.collate import collate
+from dpo_lightning.data.dealing import assignments, runs
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
-from dpo_lightning.data.mixture import Mixture, Part, as_parts, shares
+from dpo_lightning.data.mixture import Mixture, as_parts
 from dpo_lightning.data.publish import publish
-from dpo_lightning.data.reading import begin
-from dpo_lightning.data.report import DataReport
 from dpo_lightning.data.sources import Row, Source
-from dpo_lightning.data.splits import held_out, shared_prompts
+from dpo_lightning.data.stock import Stock
 from dpo_lightning.data.stream import ShuffledStream, StreamLoader, first_examples
-from dpo_lightning.data.table import Examples, TokenTable, tokenize
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 
 AnySource = str | Source | Mixture | Sequence[Row]
+WITHOUT_GRADIENTS = 4  # times the tokens that fit with gradients: nothing is kept for backward
+SAMPLED_BATCHES = 4  # of a stream, to see how long its examples are
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
@@ -51,6 +50,8 @@ class PreferenceDataModule(LightningDataModule):
             prompt stay together.
         batch_size: Examples in a batch, over all devices together.
         val_batch_size: The same for validation, test and predict; twice batch_size unless given.
+        micro_batch_tokens: Most tokens that a device runs at once. A share of a batch that is heavier is run in pieces,
+            with the same gradient; without gradients four times as many are run at once.
         max_length: Most tokens of prompt and response together.
         max_prompt_length: Most tokens of a prompt.
         truncation: Keep examples that are longer, cut, or drop them. Responses are cut at their right.
@@ -76,6 +77,7 @@ class PreferenceDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         batch_size: int = 64,
         val_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         max_length: int = 512,
         max_prompt_length: int | None = None,
         truncation: Literal["keep", "drop"] = "keep",
@@ -95,16 +97,16 @@ class PreferenceDataModule(LightningDataModule):
             raise UsageError("Both `val` and `val_fraction` are given; keep one of the two.")
         if stream_buffer is not None and val_fraction:
             raise UsageError("Nothing can be held out of a stream; give `val` rows of their own, not `val_fraction`.")
-        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "num_proc": num_proc}
-        for name, value in (sizes | {"stream_buffer": stream_buffer}).items():
+        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "micro_batch_tokens": micro_batch_tokens}
+        for name, value in (sizes | {"num_proc": num_proc, "stream_buffer": stream_buffer}).items():
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be 1 or more, got {value}.")
         given = {"train": train, "val": val, "test": test}
         self.sources = {split: as_parts(source, format) for split, source in given.items() if source is not None}
         self.format, self.val_fraction = format, val_fraction
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or 2 * batch_size
-        self.strict, self.cache, self.stream_buffer = strict, cache, stream_buffer
-        self.num_workers, self.num_proc = num_workers, num_proc
+        self.micro_batch_tokens = micro_batch_tokens
+        self.strict, self.cache, self.stream_buffer, self.num_workers = strict, cache, stream_buffer, num_workers
         self.tokenization = Tokenization(
             tokenizer=_load_tokenizer(tokenizer),
             max_length=max_length,
@@ -114,11 +116,18 @@ class PreferenceDataModule(LightningDataModule):
             chat=chat or Chat(),
             num_responses=num_responses,
         )
-        self.examples: dict[str, Examples] = {}
-        self.sizes: dict[str, list[tuple[int, int]]] = {}  # of each source of a split, and what an epoch takes of it
-        self.reports: list[DataReport] = []
+        self.stock = Stock(
+            self.sources,
+            self.tokenization,
+            batch_size,
+            val_fraction=val_fraction,
+            streams=stream_buffer is not None,
+            strict=strict,
+            cache=cache,
+            num_proc=num_proc,
+        )
+        self.examples, self.reports = self.stock.examples, self.stock.reports
         self.seed: int | None = None
-        self._prepared: dict[tuple[str, int], TokenTable] = {}
         self._loaders: list[ResumableLoader] = []
         if val is None and not val_fraction:
             # Without validation data this method is not defined, and the Trainer leaves validation out.
@@ -133,24 +142,12 @@ class PreferenceDataModule(LightningDataModule):
         """Tokenise what is to be used, in one process a machine; the others find it in the cache."""
         if self.cache and self.trainer is not None:
             for split in self._needed(self.trainer.state.fn.value):  # type: ignore[union-attr]
-                taken_up = self._streams(split) or split in self.sizes
-                for place, part in enumerate(() if taken_up else self.sources[split]):
-                    self._prepared[split, place] = self._tokenize(part)
+                self.stock.prepare(split)
 
     def setup(self, stage: str) -> None:
         """Take up what the stage needs, unless it was before; every report is given once."""
         stage = getattr(stage, "value", stage)  # the Trainer hands in an enum
-        needed = [split for split in self._needed(stage) if split not in self.sizes]
-        for split in needed:
-            if self._streams(split):
-                self._begin_stream()
-            else:
-                self._read(split)
-            if split == "train" and self.val_fraction:
-                self._hold_out()
-        if {"train", "val"} <= set(self.examples) and {"train", "val"} & set(needed) and not self.val_fraction:
-            self._look_for_leaks()
-        if needed and self.trainer is not None:
+        if self.stock.take_up(self._needed(stage)) and self.trainer is not None:
             publish(self.reports, self.trainer)
 
     def teardown(self, stage: str) -> None:
@@ -158,7 +155,7 @@ class PreferenceDataModule(LightningDataModule):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
-        if stage == "fit" and self.stream_buffer is not None and self.trainer is not None:
+        if stage == "fit" and self._streams and self.trainer is not None:
             for report in self.reports[: len(self.sources["train"])]:
                 rank_zero_info(str(report))
             publish(self.reports, self.trainer)
@@ -178,20 +175,35 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             UsageError: If the training rows are a stream.
         """
-        if self._streams("train"):
+        if self._streams:
             raise UsageError("The examples of a stream cannot be scored before training; give no `stream_buffer`.")
-        examples = Examples.joined(list(self.examples.values()))
+        examples = self.stock.joined()
         _, first = np.unique(examples.column("digest"), return_index=True)
         wanted = first[~np.isin(examples.column("digest")[first], known)]
-        longest_first = wanted[np.argsort(-examples.num_tokens()[wanted], kind="stable")][rank::world_size]
-        size = max(1, self.val_batch_size // world_size)
-        for start in range(0, len(longest_first), size):
-            yield collate(examples.__getitems__(longest_first[start : start + size].tolist()))
+        num_tokens = examples.num_tokens()
+        longest_first = wanted[np.argsort(-num_tokens[wanted], kind="stable")][rank::world_size]
+        most_tokens, most_examples = self._most_tokens("val"), max(1, self.val_batch_size // world_size)
+        weights = np.ones_like(longest_first) if most_tokens is None else num_tokens[longest_first]
+        for run in runs(weights, most_tokens or most_examples):
+            yield collate(examples.__getitems__(longest_first[run].tolist()))
+
+    def heaviest(self) -> PreferenceBatch:
+        """The micro-batch with most tokens that this rank meets in the first epoch, for a plan of memory.
+
+        Of a stream, which is not known beforehand, it is made of the longest among the first examples.
+
+        Raises:
+            UsageError: If the training examples are not there yet, or make no batch.
+        """
+        if self._streams:
+            return collate(self._heaviest_of_stream())
+        sampler = self._sampler("train", self.batch_size, shuffle=True)
+        return collate(self.examples["train"].__getitems__(sampler.heaviest()))
 
     def inspect(self, num_examples: int) -> list[TokenizedExample]:
         """Read all there is for a fit, or else a test, and take some examples, evenly spread; of a stream the first."""
         self.setup(next((stage for stage in STAGES if STAGES[stage][0] in self.sources), "fit"))
-        if self._streams("train"):
+        if self._streams:
             return first_examples(self.sources["train"], self.tokenization, num_examples)
         examples = next(iter(self.examples.values()))
         places = np.linspace(0, len(examples) - 1, min(num_examples, len(examples))).round().astype(int)
@@ -225,8 +237,9 @@ class PreferenceDataModule(LightningDataModule):
         """Keep the order of the run that is continued."""
         self.seed = state_dict["seed"]
 
-    def _streams(self, split: str) -> bool:
-        return split == "train" and split in self.sources and self.stream_buffer is not None
+    @property
+    def _streams(self) -> bool:
+        return "train" in self.sources and self.stream_buffer is not None
 
     def _needed(self, stage: str) -> list[str]:
         """Splits to be read for a stage."""
@@ -239,70 +252,20 @@ class PreferenceDataModule(LightningDataModule):
             raise UsageError(f"There is no data for {stage}: give `data.init_args.{splits[0]}`.")
         return [split for split in splits if split in self.sources]
 
-    def _tokenize(self, part: Part) -> TokenTable:
-        return tokenize(part.opened(), part.format, self.tokenization, cache=self.cache, num_proc=self.num_proc)
+    def _most_tokens(self, split: str) -> int | None:
+        """Tokens that a device runs at once."""
+        if self.micro_batch_tokens is None:
+            return None
+        return self.micro_batch_tokens * (1 if split == "train" else WITHOUT_GRADIENTS)
 
-    def _read(self, split: str) -> None:
-        kept = []
-        for place, part in enumerate(self.sources[split]):
-            table = self._prepared.pop((split, place), None) or self._tokenize(part)
-            report = table.report(split, str(part.source), self.batch_size)
-            self.reports.append(report)
-            rank_zero_info(str(report))
-            if self.strict:
-                report.refuse_drops()
-            if not report.kept:
-                raise UsageError(f"Of {part.source} no row is left to use.\n{report}")
-            kept.append(table.kept())
-        self.examples[split] = Examples.joined(kept)
-        sizes = list(map(len, kept))
-        taken = shares(sizes, [part.weight for part in self.sources[split]]) if split == "train" else sizes
-        self.sizes[split] = list(zip(sizes, taken, strict=True))
-
-    def _hold_out(self) -> None:
-        """Move some prompts with all their examples from train to val."""
-        examples, sizes = self.examples["train"], [size for size, _ in self.sizes["train"]]
-        held = held_out(examples.prompts(), self.val_fraction)
-        self.examples["val"] = examples.select(np.flatnonzero(held).tolist())
-        self.examples["train"] = examples.select(np.flatnonzero(~held).tolist())
-        self.sizes["val"] = [(int(held.sum()), int(held.sum()))]
-        left = [int((~part).sum()) for part in np.split(held, np.cumsum(sizes)[:-1])]
-        for part, size in zip(self.sources["train"], left, strict=True):
-            if part.weight is not None and not size:
-                raise UsageError(f"`val_fraction` leaves nothing of {part.source} to train on; give `val` instead.")
-        taken = shares(left, [part.weight for part in self.sources["train"]])
-        self.sizes["train"] = list(zip(left, taken, strict=True))
-        rank_zero_info(f"  held out for validation {held.sum():,}, left for training {(~held).sum():,}")
-
-    def _look_for_leaks(self) -> None:
-        if shared := shared_prompts(self.examples["val"].prompts(), self.examples["train"].prompts()):
-            rank_zero_info(
-                f"val: {shared:,} of {len(self.examples['val']):,} examples have a prompt that stands in train too; "
-                "what is measured there is partly memory."
-            )
-
-    def _begin_stream(self) -> None:
-        reports = []
-        for place, part in enumerate(self.sources["train"]):
-            name = str(part.source)
-            reading = begin(part.opened().stream(), part.format, name)
-            self.sources["train"][place] = replace(part, format=reading.format)
-            reports.append(DataReport("train", name, str(reading.format), reading.unread, self.batch_size))
-            reports[-1].origin = "of a stream, which is tokenised as it is read"
-            rank_zero_info(f"train: {name}, a stream, read as {reading.format}")
-        self.reports = [*reports, *self.reports]
-        self.sizes["train"] = []
-
-    def _placed(self, split: str, batch_size: int) -> _Place:
+    def _place(self, split: str, batch_size: int) -> _Place:
         place = _Place(seed=torch.initial_seed() if self.seed is None else self.seed)
         if self.trainer is not None:
             place = _Place(
                 rank=self.trainer.global_rank,
                 world_size=self.trainer.world_size,
                 seed=self.trainer.strategy.broadcast(place.seed),
-                on_gpu=self.trainer.strategy.root_device.type == "cuda",
             )
-        self.seed = place.seed
         if batch_size % place.world_size:
             raise UsageError(
                 f"A {split} batch of {batch_size} examples does not divide among {place.world_size} devices; change "
@@ -310,32 +273,40 @@ class PreferenceDataModule(LightningDataModule):
             )
         return place
 
-    def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
+    def _sampler(self, split: str, batch_size: int, shuffle: bool = False) -> GlobalBatchSampler:
         if split not in self.examples:
             raise UsageError(f"There are no {split} examples yet; call `setup` with the stage first.")
-        place, epoch, limit = self._placed(split, batch_size), 0, 1.0
-        if self.trainer is not None:
-            # Not `current_epoch`: resumed at the end of an epoch, the Trainer still counts that one as current.
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            limit = self.trainer.limit_train_batches
+        place = self._place(split, batch_size)
         sampler = GlobalBatchSampler(
-            self.sizes[split],
+            self.stock.sizes[split],
+            self.examples[split].num_tokens(),
             batch_size,
             shuffle=shuffle,
             seed=place.seed,
             rank=place.rank,
             world_size=place.world_size,
+            most_tokens=self._most_tokens(split),
         )
         if not len(sampler):
             raise UsageError(
                 f"The {sampler.num_examples} {split} examples make no batch that divides among {place.world_size} "
                 "devices; give more rows or use fewer devices."
             )
+        return sampler
+
+    def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
+        sampler, epoch, limit = self._sampler(split, batch_size, shuffle), 0, 1.0
+        self.seed = sampler.seed
+        _say_what_runs_alone(split, sampler)
+        if self.trainer is not None:
+            # Not `current_epoch`: resumed at the end of an epoch, the Trainer still counts that one as current.
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            limit = self.trainer.limit_train_batches
         loader = ResumableLoader(
             self.examples[split],
             sampler,
             num_workers=self.num_workers,
-            pin_memory=place.on_gpu,
+            pin_memory=self._on_gpu,
             epoch=epoch,
             max_batches=limit if isinstance(limit, int) else int(limit * len(sampler)),
         )
@@ -348,7 +319,8 @@ class PreferenceDataModule(LightningDataModule):
             raise UsageError("How long a stream is nobody knows: set `trainer.max_steps`.")
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise UsageError("A stream has no batches to overfit; leave out `data.init_args.stream_buffer`.")
-        place = self._placed("train", self.batch_size)
+        place = self._place("train", self.batch_size)
+        self.seed = place.seed
         stream = ShuffledStream(
             self.sources["train"],
             self.tokenization,
@@ -357,6 +329,7 @@ class PreferenceDataModule(LightningDataModule):
             place.seed,
             rank=place.rank,
             world_size=place.world_size,
+            most_tokens=self.micro_batch_tokens,
         )
         return StreamLoader(
             stream,
@@ -364,15 +337,37 @@ class PreferenceDataModule(LightningDataModule):
             self.reports[: len(self.sources["train"])],
             strict=self.strict,
             num_workers=self.num_workers,
-            pin_memory=place.on_gpu,
+            pin_memory=self._on_gpu,
         )
+
+    def _heaviest_of_stream(self) -> list[TokenizedExample]:
+        place = self._place("train", self.batch_size)
+        sample = first_examples(self.sources["train"], self.tokenization, SAMPLED_BATCHES * self.batch_size)
+        if not sample:
+            raise UsageError("Of the first rows of the stream none could be used.")
+        longest = sorted(sample, key=lambda example: -example.num_tokens)[: self.batch_size // place.world_size]
+        num_tokens = np.array([example.num_tokens for example in longest])
+        (pieces,) = assignments(num_tokens, 1, self.micro_batch_tokens)
+        return [longest[index] for index in max(pieces, key=lambda piece: num_tokens[piece].sum())]
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
 
 class _Place(NamedTuple):
     rank: int = 0
     world_size: int = 1
     seed: int = 0
-    on_gpu: bool = False
+
+
+def _say_what_runs_alone(split: str, sampler: GlobalBatchSampler) -> None:
+    num_tokens, most = sampler.num_tokens, sampler.most_tokens
+    if most is not None and (too_many := int((num_tokens > most).sum())):
+        rank_zero_info(
+            f"{split}: {too_many:,} of {len(num_tokens):,} examples have more tokens than the {most:,} that are to be "
+            f"run at once, up to {num_tokens.max():,}; each of them is run alone."
+        )
 
 
 def _load_tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer:

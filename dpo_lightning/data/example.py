@@ -57,3 +57,8 @@ class TokenizedExample(NamedTuple):
     row: int
     scored: list[list[bool]] | None = None
     digest: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the stream."""
+        return len(self.prompt_ids) + sum(map(len, self.response_ids))

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dpo_lightning.batch import PreferenceBatch
-from dpo_lightning.data.collate import collate
-from dpo_lightning.data.example import TokenizedExample
+from dpo_lightning.batch import Batch
+from dpo_lightning.data.collate import as_it_is, collate_pieces
+from dpo_lightning.data.dealing import assignments
+from dpo_lightning.data.table import Examples
 from dpo_lightning.errors import UsageError
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
-    """Global batches of which every rank takes its share.
+class GlobalBatchSampler(Sampler[list[list[int]]]):
+    """Global batches of which every rank takes its share, in as many pieces as it has to.
 
     Args:
         parts: Size of each source in the data set, and how many of its examples an epoch takes.
+        num_tokens: Tokens of each example in the stream, shape ``(sum of sizes,)``.
         batch_size: Examples in a global batch, over all ranks.
         shuffle: Whether each epoch has an order of its own; then a last batch that does not divide among the ranks
             is left out, otherwise nothing is.
         seed: With the epoch's number it fixes the order.
         rank: This process.
         world_size: Number of processes.
+        most_tokens: Tokens that a rank runs at once.
     """
 
     def __init__(
         self,
         parts: Sequence[tuple[int, int]],
+        num_tokens: np.ndarray,
         batch_size: int,
         *,
         shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        most_tokens: int | None = None,
     ) -> None:
         self.parts, self.num_examples, self.batch_size = parts, sum(taken for _, taken in parts), batch_size
+        self.num_tokens, self.most_tokens = num_tokens, most_tokens
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = self.start = 0
 
@@ -46,15 +54,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
         full, rest = divmod(self.num_examples, self.batch_size)
         return full + (rest > 0 and (not self.shuffle or rest % self.world_size == 0))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """This rank's share of each global batch of the epoch, from the batch numbered ``start``."""
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """The pieces of this rank's share of each global batch of the epoch, from the batch numbered ``start``."""
         order = self._order()
         for batch in range(self.start, len(self)):
-            share = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
-            if share:
-                yield share
+            examples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            pieces = assignments(self.num_tokens[examples], self.world_size, self.most_tokens)[self.rank]
+            if pieces:
+                yield [examples[piece].tolist() for piece in pieces]
 
-    def _order(self) -> list[int]:
+    def heaviest(self) -> list[int]:
+        """The piece with most tokens of the epoch."""
+        return max((piece for pieces in self for piece in pieces), key=lambda piece: self.num_tokens[piece].sum())
+
+    def _order(self) -> np.ndarray:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         chosen, start = [], 0
         for size, taken in self.parts:
@@ -64,7 +77,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         order = torch.cat(chosen)
         if self.shuffle and len(chosen) > 1:
             order = order[torch.randperm(len(order), generator=generator)]
-        return order.tolist()
+        return order.numpy()
 
 
 class ResumableLoader:
@@ -84,7 +97,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        examples: Sequence[TokenizedExample],
+        examples: Examples,
         sampler: GlobalBatchSampler,
         *,
         num_workers: int = 0,
@@ -96,10 +109,11 @@ class ResumableLoader:
         self.max_batches = len(sampler) if max_batches is None else max_batches
         self._epoch, self._position = epoch, 0
         self._started = False
-        self.loader: DataLoader[PreferenceBatch] = DataLoader(
-            examples,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=collate,
+        self.loader: DataLoader[Batch] = DataLoader(
+            _ByPieces(examples),
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
@@ -109,7 +123,7 @@ class ResumableLoader:
         """Number of batches in an epoch."""
         return len(self.order)
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch after loading a state, else an epoch from its start."""
         if self._started or self._position >= self.max_batches:
             self._epoch, self._position = self._epoch + 1, 0
@@ -145,3 +159,15 @@ class ResumableLoader:
                 )
         self._epoch, self._position, self.order.seed = state["epoch"], state["position"], state["seed"]
         self._started = False
+
+
+class _ByPieces(Dataset[Batch]):
+    """Batches by the indices of the examples of their pieces."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __getitem__(self, pieces: list[list[int]]) -> Batch:
+        indices = [index for piece in pieces for index in piece]
+        found = iter(self.examples.__getitems__(indices))
+        return collate_pieces([list(islice(found, len(piece))) for piece in pieces], torch.tensor(indices).argsort())

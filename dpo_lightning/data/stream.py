@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
-from dpo_lightning.batch import PreferenceBatch
-from dpo_lightning.data.collate import collate
+from dpo_lightning.batch import Batch
+from dpo_lightning.data.collate import as_it_is, collate_pieces
+from dpo_lightning.data.dealing import assignments
 from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
 from dpo_lightning.data.mixture import Part
 from dpo_lightning.data.reading import begin
@@ -42,13 +45,13 @@ class StreamedBatch(NamedTuple):
     """A batch and where the stream stands behind it.
 
     Attributes:
-        batch: This rank's share.
+        batch: This rank's share, in pieces where it is too heavy to be run at once.
         taken: Items taken from the shuffled stream since it began.
         rows: Rows begun, part by part.
         records: What became of the items, part by part, as rows of a token table.
     """
 
-    batch: PreferenceBatch
+    batch: Batch
     taken: int
     rows: list[int]
     records: list[pa.Table]
@@ -69,6 +72,7 @@ class ShuffledStream(IterableDataset):
         rank: This process.
         world_size: Number of processes.
         taken: Items to leave out, since they were used before.
+        most_tokens: Tokens that a rank runs at once.
     """
 
     parts: Sequence[Part]
@@ -79,6 +83,7 @@ class ShuffledStream(IterableDataset):
     rank: int = 0
     world_size: int = 1
     taken: int = 0
+    most_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.buffer < 1:
@@ -109,7 +114,9 @@ class ShuffledStream(IterableDataset):
                         fruitless += 1
                 if fruitless > MAX_FRUITLESS:
                     raise UsageError(f"Of the last {fruitless:,} rows of the stream none could be used: {result}")
-            share = collate(batch[self.rank :: self.world_size])
+            num_tokens = np.array([example.num_tokens for example in batch])
+            pieces = assignments(num_tokens, self.world_size, self.most_tokens)[self.rank]
+            share = collate_pieces([[batch[place] for place in piece] for piece in pieces])
             yield StreamedBatch(share, taken, rows, [*map(records_table, records)])
 
     def _tokenized(self, drawn: list[tuple[int, Item]]) -> Iterator[tuple[int, Item, Any]]:
@@ -168,16 +175,16 @@ class StreamLoader:
             raise UsageError(f"A stream is read by one process: `num_workers` must be 0 or 1, got {num_workers}.")
         self.stream, self.num_batches, self.reports, self.strict = stream, num_batches, reports, strict
         self._position = 0
-        self._started = False
+        self._started = self._said = False
         self._make: Callable[[], DataLoader] = lambda: DataLoader(
-            _Guarded(self.stream), batch_size=None, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
+            _Guarded(self.stream), batch_size=None, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin_memory
         )
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         return self.num_batches
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch after loading a state, else as many batches as an epoch has."""
         if self._started or self._position >= self.num_batches:
             self._position = 0
@@ -192,9 +199,20 @@ class StreamLoader:
                 report.count(records)
                 if self.strict:
                     report.refuse_drops()
+            self._say_what_runs_alone(streamed.batch)
             yield streamed.batch
             if self._position >= self.num_batches:
                 return
+
+    def _say_what_runs_alone(self, batch: Batch) -> None:
+        most = self.stream.most_tokens
+        longest = max(len(piece.input_ids) for piece in batch.pieces)
+        if most is not None and longest > most and not self._said:
+            self._said = True
+            rank_zero_info(
+                f"train: an example has {longest:,} tokens, more than the {most:,} that are to be run at once; those "
+                "that have are run alone."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Batches handed out in this epoch, and where the stream stands behind them."""
@@ -248,7 +266,3 @@ def _items(part: Part) -> Iterator[Item]:
     source = part.opened()
     for number, items in begin(source.stream(), part.format, str(source)).examples():
         yield from (Item(number, place == 0, content) for place, content in enumerate(items))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

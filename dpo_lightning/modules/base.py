@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.batch import Batch, Logps, PreferenceBatch
+from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.modules.schedule import Schedule, lr_factor
+from dpo_lightning.modules.steps import PiecewiseModule
+from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.recipes import from_plain, to_plain
 
 log = logging.getLogger(__name__)
 
 POLICY = "policy."
 BASE_FINGERPRINT = "base_fingerprint"
+LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
-Schedule = Literal["constant", "linear", "cosine"]
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(PiecewiseModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
         policy: The model and how it is loaded.
-        lr: Learning rate of the default optimizer, AdamW without weight decay; 1e-6 where nothing is given.
+        lr: Learning rate of the default optimizer, fused AdamW without weight decay; 1e-6 where nothing is given.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         schedule: What the learning rate does after warm-up: stay, or fall to 0 at the last step.
         optimizer: Another optimizer, with its learning rate.
@@ -71,7 +72,7 @@ class PolicyModule(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.policy = None
         self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
-        self._throughput = _Throughput()
+        self._throughput = Throughput()
         self._base_fingerprint: str | None = None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
@@ -93,12 +94,15 @@ class PolicyModule(LightningModule):
         """Find out what cannot be done before any weight is loaded."""
         if stage == "fit" and self.spec.quantize is not None and self.spec.lora is None:
             raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+        if self._target_device().type == "cpu":
+            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Build the policy, unless there is one."""
         if self.policy is None:
             self.policy = self.load(self.spec)
             self._warn_of_rounding()
+            self._recommend_bfloat16()
             self._hide_constants_from_ddp()
         # Now, since a strategy may cast the weights later.
         if self.spec.lora is not None and self._trainer is not None and self._base_fingerprint is None:
@@ -156,9 +160,10 @@ class PolicyModule(LightningModule):
         """Training goes on."""
         self._throughput.resume()
 
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count what the step will do; shapes are known on the host."""
-        self._throughput.count(batch.length.shape[0], batch.input_ids.shape[0])
+        for piece in batch.pieces:
+            self._throughput.count(piece.length.shape[0], piece.input_ids.shape[0])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
@@ -198,34 +203,41 @@ class PolicyModule(LightningModule):
             raise UsageError(f"`schedule: {self.schedule}` needs an end; set `trainer.max_steps` or `max_epochs`.")
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.make_optimizer is None:
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+            # Lightning clips no fused optimizer under fp16: those undo the scaling of the loss by themselves.
+            fused = not self._scales_loss()
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, fused=fused)
         else:
             optimizer = self.make_optimizer(parameters)
         if self.make_lr_scheduler is None:
-            scheduler: Any = LambdaLR(optimizer, self._lr_factor())
+            scheduler: Any = LambdaLR(optimizer, lambda step: self._lr_factor(step))
         else:
             scheduler = self.make_lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _lr_factor(self) -> Callable[[int], float]:
-        """Factor of the learning rate by optimizer step.
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says, also for the fused optimizers that Lightning refuses under bf16-mixed."""
+        if self._scales_loss():
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            plugin = self.trainer.precision_plugin
+            clip = plugin.clip_grad_by_value if gradient_clip_algorithm == "value" else plugin.clip_grad_by_norm
+            clip(optimizer, gradient_clip_val)
 
-        The total is asked for at the first step that needs it, never here: asking sets up the data loaders, and
-        inside ``configure_optimizers`` that would lose the state from which they resume.
-        """
+    def _lr_factor(self, step: int) -> float:
+        # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data
+        # loaders, and there that would lose the state from which they resume.
+        return lr_factor(step, self.warmup_steps, self.schedule, lambda: self.trainer.estimated_stepping_batches)
 
-        def factor(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / self.warmup_steps
-            if self.schedule == "constant" or step == self.warmup_steps:
-                return 1.0
-            total = self.trainer.estimated_stepping_batches
-            done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-            return 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-
-        return factor
+    def _scales_loss(self) -> bool:
+        """Whether gradients are those of a scaled loss, as under fp16."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _hide_constants_from_ddp(self) -> None:
         """Buffers are constants and a reference is frozen: DDP should neither broadcast nor reduce them."""
@@ -240,6 +252,21 @@ class PolicyModule(LightningModule):
         """Dtype of matrix products where the Trainer's precision says so."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
         return {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
+
+    def _autocast(self) -> torch.dtype | None:
+        """Dtype of matrix products where it is another than that of the weights."""
+        mixed = self._trainer is not None and str(self.trainer.precision).endswith("mixed")
+        return self._compute_dtype() if mixed else None
+
+    def _recommend_bfloat16(self) -> None:
+        assert self.policy is not None
+        large = sum(weight.numel() for weight in self.policy.parameters()) > LARGE
+        on_cpu = self._trainer is not None and self._target_device().type == "cpu"
+        if large and on_cpu and self._compute_dtype() is None and multiplies_bfloat16_faster():
+            log.info(
+                "This processor multiplies matrices several times faster in bfloat16: `trainer.precision: bf16-mixed` "
+                "keeps weights, log-softmax and loss in float32."
+            )
 
     def _warn_of_rounding(self) -> None:
         precision = "" if self._trainer is None else str(self.trainer.precision)
@@ -265,33 +292,3 @@ def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the Trainer writes a log line at an optimizer step, counted from 1."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return interval > 0 and step % interval == 0
-
-
-class _Throughput:
-    """Pairs and tokens a second between log lines, validation not counted."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self._pairs = self._tokens = 0
-        self._since = time.perf_counter()
-        self._paused: float | None = None
-
-    def pause(self) -> None:
-        self._paused = time.perf_counter()
-
-    def resume(self) -> None:
-        if self._paused is not None:
-            self._since += time.perf_counter() - self._paused
-        self._paused = None
-
-    def count(self, pairs: int, tokens: int) -> None:
-        self._pairs += pairs
-        self._tokens += tokens
-
-    def per_second(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds}
-        self.start()
-        return rates

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dpo_lightning.data.collate import collate
+from dpo_lightning.data.collate import collate, collate_pieces
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.models.policy import padded_rows
 
@@ -95,6 +95,18 @@ def test_without_siblings_the_stream_itself_is_the_keys():
     assert batch.key_index is None
     assert batch.spans.tolist() == [[0, 3, 0, 0], [3, 6, 3, 3]]
     assert batch.length.tolist() == [[1], [2]]
+
+
+def test_pieces_have_the_k_of_their_batch():
+    pair, lone = TokenizedExample([1, 2], [[3], [4, 5]], 1), TokenizedExample([6], [[7, 8]], 2)
+    split = collate_pieces([[lone], [pair]], torch.tensor([1, 0]))
+    assert [piece.length.tolist() for piece in split.pieces] == [[[2, 0]], [[1, 2]]]
+    assert split.pieces[0].owner.tolist() == [0, 0]
+    assert split.pieces[0].key_index is None
+    assert split.joined([piece.row for piece in split.pieces]).tolist() == [1, 2]
+    later = collate([lone, pair], 3)
+    assert later.length.tolist() == [[2, 0, 0], [1, 2, 0]]
+    assert later.owner.tolist() == [0, 0, 3, 4, 4]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

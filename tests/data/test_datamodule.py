@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import dpo_lightning.cli
 import dpo_lightning.data.datamodule
+import dpo_lightning.data.stock
 import dpo_lightning.data.table
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -45,7 +46,8 @@ def data(makes):
 def messages(monkeypatch) -> list[str]:
     """What the data module prints."""
     printed: list[str] = []
-    monkeypatch.setattr(dpo_lightning.data.datamodule, "rank_zero_info", printed.append)
+    for module in (dpo_lightning.data.datamodule, dpo_lightning.data.stock):
+        monkeypatch.setattr(module, "rank_zero_info", printed.append)
     return printed
 
 
@@ -437,7 +439,7 @@ def test_a_trainer_prepares_each_source_once(data, own_cache, written):
     trainer().test(recorder, datamodule=module)
     trainer().predict(recorder, datamodule=module)
     assert written[2:] == ["2 rows in memory"]
-    assert module._prepared == {}
+    assert module.stock._prepared == {}
     other = data(pairs(6), pairs(3, "q"))
     trainer().fit(Recorder(), datamodule=other)
     assert len(written) == 3
@@ -548,6 +550,7 @@ def test_two_ranks_tokenise_once_and_share_every_batch(tmp_path):
         ({"val_fraction": -0.1}, r"`val_fraction` must be in \[0, 1\), got -0.1"),
         ({"batch_size": 0}, "`batch_size` must be 1 or more, got 0."),
         ({"val_batch_size": 0}, "`val_batch_size` must be 1 or more, got 0."),
+        ({"micro_batch_tokens": 0}, "`micro_batch_tokens` must be 1 or more, got 0."),
         ({"num_responses": 0}, "`num_responses` must be 1 or more, got 0."),
         ({"max_length": 1}, "`max_length` must be at least 2"),
         ({"max_prompt_length": 600}, r"`max_prompt_length` must be at least 1 and below `max_length` \(512\)"),

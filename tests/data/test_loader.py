@@ -6,24 +6,40 @@ import json
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
+from dpo_lightning.batch import MicroBatches, PreferenceBatch
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
 from dpo_lightning.errors import UsageError
 
 
-def loader(num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, **kwargs):
-    ranks = {name: kwargs.pop(name) for name in ("rank", "world_size") if name in kwargs}
-    examples = [TokenizedExample([1], [[2], [3, 4]], row) for row in range(num)]
-    sampler = GlobalBatchSampler([(num, num)], batch_size, shuffle=shuffle, seed=seed, **ranks)
-    return ResumableLoader(examples, sampler, num_workers=num_workers, **kwargs)
+class Rows(list):
+    """Examples in memory, numbered, with as many tokens as asked for."""
+
+    def __init__(self, num_tokens: np.ndarray) -> None:
+        super().__init__(TokenizedExample([1], [[2] * (num - 1)], row) for row, num in enumerate(num_tokens))
+
+    def __getitems__(self, indices: list[int]) -> list[TokenizedExample]:
+        return [self[index] for index in indices]
+
+
+def loader(
+    num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, lengths=None,
+    **kwargs,
+):  # fmt: skip
+    names = ("rank", "world_size", "most_tokens")
+    ranks = {name: kwargs.pop(name) for name in names if name in kwargs}
+    lengths = np.full(num, 4) if lengths is None else np.array(lengths)
+    sampler = GlobalBatchSampler([(num, num)], lengths, batch_size, shuffle=shuffle, seed=seed, **ranks)
+    return ResumableLoader(Rows(lengths), sampler, num_workers=num_workers, **kwargs)
 
 
 def rows(batches) -> list[list[int]]:
     """Row numbers of each batch."""
-    return [batch.row.tolist() for batch in batches]
+    return [[row for piece in batch.pieces for row in piece.row.tolist()] for batch in batches]
 
 
 def epochs(source: ResumableLoader, num: int) -> list[list[list[int]]]:
@@ -36,9 +52,9 @@ def flat(epoch: list[list[int]]) -> list[int]:
 
 def mixed(*parts: tuple[int, int], batch_size: int = 4, shuffle: bool = True, epoch: int = 0, **kwargs):
     """A loader over sources of given sizes, of which an epoch takes so many."""
-    examples = [TokenizedExample([1], [[2]], row) for row in range(sum(size for size, _ in parts))]
-    sampler = GlobalBatchSampler(parts, batch_size, shuffle=shuffle, **kwargs)
-    return ResumableLoader(examples, sampler, epoch=epoch)
+    lengths = np.full(sum(size for size, _ in parts), 2)
+    sampler = GlobalBatchSampler(parts, lengths, batch_size, shuffle=shuffle, **kwargs)
+    return ResumableLoader(Rows(lengths), sampler, epoch=epoch)
 
 
 def resumed(state, **kwargs) -> ResumableLoader:
@@ -277,3 +293,39 @@ def test_the_place_in_a_stream_is_none_in_an_epoch():
     state = {"position": 1, "taken": 4, "seed": 0, "batch_size": 4, "buffer": 9}
     with pytest.raises(UsageError, match="with training examples None, now training examples 11"):
         loader().load_state_dict(state)
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_heavy_share_comes_in_pieces_and_a_light_one_whole(num_workers):
+    lengths = [2, 9, 4, 3, 30, 2, 2, 2]
+    batches = list(loader(8, lengths=lengths, shuffle=False, most_tokens=10, num_workers=num_workers))
+    assert [[piece.row.tolist() for piece in batch.pieces] for batch in batches] == [[[1], [0, 2, 3]], [[4], [5, 6, 7]]]
+    assert all(isinstance(batch, MicroBatches) for batch in batches)
+    assert [batch.joined([piece.row for piece in batch.pieces]).tolist() for batch in batches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+    whole = list(loader(8, lengths=lengths, shuffle=False, most_tokens=18))
+    assert [isinstance(batch, PreferenceBatch) for batch in whole] == [True, False]
+    assert whole[0].joined([whole[0].row]).tolist() == [0, 1, 2, 3]
+
+
+def test_pieces_change_neither_order_nor_place():
+    lengths = np.random.default_rng(0).integers(2, 40, 30)
+    whole, split = (loader(30, lengths=lengths, most_tokens=most) for most in (None, 50))
+    begun = [iter(source) for source in (whole, split)]
+    for _ in range(4):
+        one, other = map(next, begun)
+        assert len(other.pieces) > 1
+        assert sorted(flat(rows([one]))) == sorted(flat(rows([other])))
+    assert whole.state_dict() == split.state_dict()
+
+
+def test_ranks_have_equally_many_pieces():
+    lengths = [30, 2, 2, 2, 2, 2, 2, 2]  # dealt 30 + 6 and 8
+    shares = [next(iter(loader(8, 8, lengths=lengths, rank=rank, world_size=2, most_tokens=10))) for rank in (0, 1)]
+    assert [len(batch.pieces) for batch in shares] == [2, 2]
+    assert sorted(flat(rows(shares))) == list(range(8))

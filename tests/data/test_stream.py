@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import dpo_lightning.data.datamodule
+import dpo_lightning.data.stock
 from dpo_lightning.data import reading, stream
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.formats import Pairs
@@ -145,9 +146,23 @@ def test_a_batch_is_the_same_for_every_number_of_ranks(made):
             assert all(share.records == one.records and share.rows == one.rows for share in shares)
             size = 4 // len(shares)
             assert [len(share.batch.row) for share in shares] == [size] * len(shares)
-            assert [share.batch.row.tolist() for share in shares] == [
-                one.batch.row.tolist()[rank :: len(shares)] for rank in range(len(shares))
-            ]
+            assert sorted(row for share in shares for row in share.batch.row.tolist()) == sorted(one.batch.row.tolist())
+
+
+def test_heavy_batches_come_in_pieces(made, messages):
+    table = [{"prompt": "p" * (1 + 5 * (n % 3)), "chosen": "good", "rejected": "bad"} for n in range(20)]
+    whole, split = (made(table, most_tokens=most) for most in (None, 20))
+    for one, other in islice(zip(whole, split, strict=True), 8):
+        assert len(other.batch.pieces) > 1
+        assert one.taken == other.taken
+        together = [row for piece in other.batch.pieces for row in piece.row.tolist()]
+        assert sorted(together) == sorted(one.batch.row.tolist())
+        assert all(len(piece.input_ids) <= 20 or len(piece.row) == 1 for piece in other.batch.pieces)
+    assert messages == []
+    list(StreamLoader(split, 8, [report()]))
+    (message,) = messages  # once, for what is too long by itself
+    assert message.startswith("train: an example has 2")
+    assert "more than the 20 that are to be run at once" in message
 
 
 def test_batches_are_full_whatever_is_dropped(made):
@@ -429,7 +444,8 @@ def data(makes):
 def messages(monkeypatch) -> list[str]:
     """What the data module prints."""
     printed: list[str] = []
-    monkeypatch.setattr(dpo_lightning.data.datamodule, "rank_zero_info", printed.append)
+    for module in (dpo_lightning.data.datamodule, dpo_lightning.data.stock, stream):
+        monkeypatch.setattr(module, "rank_zero_info", printed.append)
     return printed
 
 

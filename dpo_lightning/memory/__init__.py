@@ -1,0 +1,1 @@
+"""How much memory training will take, known before any weight is loaded."""

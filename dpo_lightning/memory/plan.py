@@ -1,0 +1,106 @@
+"""How much memory a fit will take, and of what it consists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.memory.meter import Bytes
+from dpo_lightning.memory.rehearsal import Case, rehearse
+from dpo_lightning.memory.stand_ins import layer_lists
+from dpo_lightning.modules.base import PolicyModule
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the heaviest micro-batch will take of a device's memory at its peak, in bytes.
+
+    Attributes:
+        weights: The policy's parameters and buffers.
+        gradients: Of what is trained, and under DDP the buckets in which they travel.
+        optimizer: The optimizer's state.
+        reference: The reference's weights, where it has any of its own on the device.
+        activations: What the forward pass keeps for the backward pass.
+        temporary: What one operation hands to the next: logits of a chunk, 16-bit copies of weights.
+        batch: What it holds for.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    reference: int = 0
+    activations: int = 0
+    temporary: int = 0
+    batch: BatchSize
+
+    @property
+    def peak(self) -> int:
+        """All of it together."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> Bytes:
+        """Bytes by name."""
+        names = ("weights", "gradients", "optimizer", "reference", "activations", "temporary")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        lines = [f"Memory at the peak of a step, for {self.batch}"]
+        lines += [f"  {name:12}{size / GB:8.2f} GB" for name, size in self.parts.items() if size]
+        return "\n".join([*lines, f"  {'peak':12}{self.peak / GB:8.2f} GB"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """How large a batch is.
+
+    Attributes:
+        examples: Examples.
+        tokens: Tokens of the stream.
+        longest: Tokens of the longest prompt with its response.
+    """
+
+    examples: int
+    tokens: int
+    longest: int
+
+    @classmethod
+    def of(cls, batch: PreferenceBatch) -> Self:
+        """The size of a batch, which the host knows without asking the device."""
+        return cls(examples=len(batch.length), tokens=len(batch.input_ids), longest=batch.max_key)
+
+    def __str__(self) -> str:
+        return f"{self.examples:,} examples, {self.tokens:,} tokens, the longest sequence {self.longest:,}"
+
+
+def plan(module: PolicyModule, case: Case) -> Plan:
+    """Rehearse a training step and read off its peak.
+
+    Models of many layers are rehearsed with two small numbers of them. As kinds of layers repeat, the bytes at a place
+    of the step grow by the same with every period, so that the peak is known for all.
+
+    Args:
+        module: The module, with its Trainer.
+        case: What it is to be rehearsed with.
+    """
+    config = case.policy.load_config().get_text_config()
+    count, period = config.num_hidden_layers, _period(list(layer_lists(config).values()), config.num_hidden_layers)
+    if count <= 3 * period:
+        peaks = rehearse(module, case)
+    else:
+        few, more = (rehearse(module, case, periods * period, period) for periods in (2, 3))
+        peaks = {place: _extrapolate(few[place], more[place], count / period - 2) for place in few}
+    return Plan(batch=BatchSize.of(case.batch), **max(peaks.values(), key=lambda peak: sum(peak.values())))
+
+
+def _period(lists: list[list[object]], count: int) -> int:
+    """Layers after which what is listed layer by layer repeats."""
+    kinds = [repr(kind) for kind in zip(*lists, strict=True)] or [""] * count
+    return next(step for step in range(1, count + 1) if kinds[step:] == kinds[:-step] or step == count)
+
+
+def _extrapolate(few: Bytes, more: Bytes, periods: float) -> Bytes:
+    return {kind: round(few.get(kind, 0) + (more[kind] - few.get(kind, 0)) * periods) for kind in more}
