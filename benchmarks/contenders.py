@@ -59,6 +59,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     lora: bool = False
     lr: float = 1e-5
+    micro_batch_tokens: int | None = None  # of ours
 
     def rows(self) -> list[dict[str, str]]:
         return [pair.row() for pair in self.pairs]
@@ -130,6 +131,7 @@ def ours(case: Case, reference: Reference) -> Run:
         tokenizer=case.model,
         batch_size=case.batch_size,
         max_length=max(pair.longest() for pair in case.pairs),
+        micro_batch_tokens=case.micro_batch_tokens,
         cache=False,
     )
     clock = Clock(case.device)

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py
 
-Models are Llamas of random weights. Measured is the peak of the resident set, less what imports take. Large tensors are
-mappings of their own (MALLOC_MMAP_THRESHOLD_), so that it is what is in use; with ``--malloc default`` or ``keep`` it
-has the holes between as well: the C library's alignment does not fill a hole with a tensor of its size (glibc 2.36).
+Models are Llamas of random weights. Measured is the peak of the resident set, less what imports take. With
+``--tensors_alone`` every large tensor is a mapping of its own, so that nothing lies between them, and the plan is taken
+without that part.
 """
 
 import argparse
@@ -54,11 +54,7 @@ LENGTHS = {"125+48": (125, 48), "512+256": (512, 256)}
 REFERENCES = ("FrozenCopy", "AdaptersOff", "Cached", "Synced")
 PRECISIONS = ("32-true", "bf16-mixed")
 PAIRS, STEPS = 8, 3
-MALLOC = {
-    "exact": {"MALLOC_MMAP_THRESHOLD_": "1048576"},
-    "default": {},
-    "keep": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"},
-}
+ALONE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 class Pairs(LightningDataModule):
@@ -101,7 +97,9 @@ class Imported(Callback):
 
 
 def run(folder, lengths, reference, precision):
-    base.keep_freed_memory = bool  # the environment says what the C library does
+    tensors_alone = ALONE.items() <= os.environ.items()
+    if tensors_alone:
+        base.keep_freed_memory = bool
     seed_everything(0, verbose=False)
     references = {"FrozenCopy": FrozenCopy(), "AdaptersOff": AdaptersOff(), "Synced": Synced(interval=2)}
     spec = PolicySpec(path=folder, lora=LoRA() if reference == "AdaptersOff" else None)
@@ -119,7 +117,8 @@ def run(folder, lengths, reference, precision):
             **quiet,
         ).fit(module, Pairs(*LENGTHS[lengths]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"plan": planned.plan.peak, "measured": peak - imported.bytes, "parts": planned.plan.parts}))
+    plan = planned.plan.peak - (planned.plan.between if tensors_alone else 0)
+    print(json.dumps({"plan": plan, "measured": peak - imported.bytes}))
 
 
 def main():
@@ -128,7 +127,7 @@ def main():
     parser.add_argument("--lengths", nargs="+", default=list(LENGTHS))
     parser.add_argument("--references", nargs="+", default=list(REFERENCES))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--malloc", choices=MALLOC, default="exact")
+    parser.add_argument("--tensors_alone", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -141,7 +140,7 @@ def main():
             LlamaForCausalLM(LlamaConfig(**MODELS[name])).save_pretrained(folder)
             for case in itertools.product(options.lengths, options.references, options.precisions):
                 command = [sys.executable, __file__, "--one", folder, *case]
-                environment = os.environ | MALLOC[options.malloc]
+                environment = os.environ | (ALONE if options.tensors_alone else {})
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
                 result = json.loads(done.stdout.splitlines()[-1])
                 sizes = [f"{result[key] / 1e9:.2f}" for key in ("plan", "measured")]

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ HH_LENGTHS = [
 Lengths = tuple[int, int, int]
 CONTEXT = 8_192
 BATCHES, PROMPTS = (8, 32, 128, 512), (128, 512, 1_024, 2_048, 4_096)
+PIECE = 8_192  # tokens that are run at once where batches grow
 VERSIONS = ("torch", "transformers", "lightning", "trl")
 
 
@@ -210,11 +211,12 @@ def work_of(case: Case) -> Work:
     return Work.of(case.pairs[case.batch_size :])
 
 
-def speeds(case: Case, config: PretrainedConfig, best: str, number: int) -> Iterator[str]:
+def speeds(case: Case, config: PretrainedConfig, best: str, number: int, left_out: Sequence[str] = ()) -> Iterator[str]:
     """The contenders side by side, line by line."""
-    chosen = contenders(case, best)
+    everyone = contenders(case, best)
+    chosen = {name: contender for name, contender in everyone.items() if name not in left_out}
     rounds = rounds_of(chosen, config, number)
-    expected, ordered = rounds.runs[FROZEN][0].losses, chosen["TRL, best"].case
+    expected, ordered = rounds.runs[FROZEN][0].losses, everyone["TRL, best"].case
     expected_of_best = expected if ordered is case else chosen[FROZEN]._replace(case=ordered).run().losses
     yield f"TRL's best setting: {best}. {_rates(rounds)}"
     yield ""
@@ -247,6 +249,7 @@ def _rates(rounds: Rounds) -> str:
 
 def scaling(case: Case, options: argparse.Namespace, config: PretrainedConfig) -> Iterator[str]:
     """What a pair costs ours with a frozen copy, and what it has to, as batches and prompts grow."""
+    case = case._replace(micro_batch_tokens=PIECE)
     steps = len(case.pairs) // case.batch_size - 1
 
     def larger(batch_size: int) -> Case:
@@ -370,6 +373,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="a file of pairs; their lengths are taken")
     parser.add_argument("--tokenizer", help="the one that counts them")
     parser.add_argument("--best", choices=BEST, help="TRL's best setting; found unless given")
+    parser.add_argument("--leave_out", nargs="*", default=(), help="contenders that do not fit into memory")
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="glibc's way with freed memory")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--scaling", action="store_true")
@@ -416,7 +420,9 @@ def main() -> None:
             lines = scaling(case, options, config)
         else:
             best = options.best or best_of_trl(case)
-            lines = memory(case, best) if options.memory else speeds(case, config, best, options.rounds)
+            lines = (
+                memory(case, best) if options.memory else speeds(case, config, best, options.rounds, options.leave_out)
+            )
         for line in lines:
             print(line, flush=True)
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from transformers.utils import logging as transformers_logging
 
-from dpo_lightning.callbacks import ExportHF, ProgressBar
+from dpo_lightning.callbacks import ExportHF, MemoryPlan, ProgressBar
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
@@ -66,14 +66,16 @@ class DPOLightningCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with a readable progress bar unless another is asked for."""
+        """The Trainer, with a plan of memory and a readable progress bar unless others are asked for."""
         if self.subcommand == "inspect":  # on a machine that may lack what the config trains on
             return InspectingTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         config = self._get(self.config_init, "trainer")
         callbacks: list[Callback] = list(config["callbacks"] or [])
-        shown = config["enable_progress_bar"] is not False
-        if shown and not any(isinstance(callback, LightningProgressBar) for callback in callbacks):
-            config["callbacks"] = [*callbacks, ProgressBar()]
+        if config["enable_progress_bar"] is not False and not _has(callbacks, LightningProgressBar):
+            callbacks.append(ProgressBar())
+        if self.subcommand == "fit" and not _has(callbacks, MemoryPlan):
+            callbacks.append(MemoryPlan())
+        config["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -97,6 +99,10 @@ class DPOLightningCLI(LightningCLI):
         for name, place in places.items():
             if place:
                 print(f"  {name:20} {place}")
+
+
+def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
 
 
 def _tokenizer_of(module: LightningModule) -> Any:

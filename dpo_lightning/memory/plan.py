@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +13,9 @@ from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
 
 GB = 1e9
+# Of what comes and goes in a step, as measured (benchmarks/README.md): small objects settle where a tensor was, and
+# the next one of its size needs another place.
+BETWEEN = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class Plan:
         reference: The reference's weights, where it has any of its own on the device.
         activations: What the forward pass keeps for the backward pass.
         temporary: What one operation hands to the next: logits of a chunk, 16-bit copies of weights.
+        between: What the C library holds between tensors that are in use; on a CPU alone.
         batch: What it holds for.
     """
 
@@ -34,6 +39,7 @@ class Plan:
     reference: int = 0
     activations: int = 0
     temporary: int = 0
+    between: int = 0
     batch: BatchSize
 
     @property
@@ -44,7 +50,7 @@ class Plan:
     @property
     def parts(self) -> Bytes:
         """Bytes by name."""
-        names = ("weights", "gradients", "optimizer", "reference", "activations", "temporary")
+        names = ("weights", "gradients", "optimizer", "reference", "activations", "temporary", "between")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
@@ -88,12 +94,17 @@ def plan(module: PolicyModule, case: Case) -> Plan:
     """
     config = case.policy.load_config().get_text_config()
     count, period = config.num_hidden_layers, _period(list(layer_lists(config).values()), config.num_hidden_layers)
+    period = math.lcm(period, int(case.policy.activation_checkpointing) or 1)
     if count <= 3 * period:
         peaks = rehearse(module, case)
     else:
         few, more = (rehearse(module, case, periods * period, period) for periods in (2, 3))
         peaks = {place: _extrapolate(few[place], more[place], count / period - 2) for place in few}
-    return Plan(batch=BatchSize.of(case.batch), **max(peaks.values(), key=lambda peak: sum(peak.values())))
+    peak = max(peaks.values(), key=lambda peak: sum(peak.values()))
+    if module.device.type == "cpu":
+        passing = peak.get("activations", 0) + peak.get("temporary", 0)
+        peak = peak | {"between": round(BETWEEN * passing)}
+    return Plan(batch=BatchSize.of(case.batch), **peak)
 
 
 def _period(lists: list[list[object]], count: int) -> int:

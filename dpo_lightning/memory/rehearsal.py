@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,9 +108,13 @@ def _double(module: PolicyModule, case: Case, meter: Meter, num_layers: int | No
     double = copy.copy(module)
     double.trainer = module.trainer
     vars(double).update(_modules=dict(module._modules), load=load)
-    double.spec, double.metrics = case.policy, nn.ModuleDict({"fit": module.make_metric()})
+    # Compiled layers are not rehearsed, and take no more.
+    double.spec, double.metrics = (
+        dataclasses.replace(case.policy, compile=False),
+        nn.ModuleDict({"fit": module.make_metric()}),
+    )
     meter.kind = "weights"
-    double.policy = load(case.policy)
+    double.policy = load(double.spec)
     meter.kind = "reference"
     if isinstance(double, ReferencedModule) and case.reference is not None:
         double.reference, double.reference_policy = case.reference, None

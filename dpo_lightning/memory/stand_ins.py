@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.shard import checkpoint_layers
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.paths import resolve
 from dpo_lightning.references.base import ReferenceModel
@@ -39,7 +40,7 @@ def stand_in(spec: PolicySpec, num_layers: int | None = None) -> CausalPolicy:
         _quantise(model, QUANTISED[spec.quantize])
     policy = CausalPolicy(model, "rows" if spec.layout == "rows" else "stream")
     if spec.activation_checkpointing:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(policy.model, int(spec.activation_checkpointing))
     return policy.train()
 
 

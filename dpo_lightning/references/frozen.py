@@ -44,8 +44,8 @@ class FrozenCopy(Reference):
         """A named model must exist."""
         if self.offload and spec.compile:
             raise UsageError(
-                "`reference.offload` brings weights to layers as they run, which compiled layers cannot have; leave out "
-                "one of it and `policy.compile`."
+                "`reference.offload` brings weights to layers as they run, which compiled layers cannot have; leave "
+                "out one of it and `policy.compile`."
             )
         if self.path is not None or self.quantize is not None:
             self._spec(spec).load_config()
