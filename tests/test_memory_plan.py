@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from small_runs import data, module, trainer
 from transformers import LlamaConfig
 
@@ -203,6 +203,28 @@ def test_data_without_a_heaviest_batch_is_no_matter(tiny_llama, tmp_path):
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     ).fit(module(tiny_llama), source.train_dataloader())  # fmt: skip
     assert callback.plan is None
+
+
+class Foreign(LightningModule):
+    def __init__(self, error=None):
+        super().__init__()
+        self.weight, self.error = torch.nn.Parameter(torch.ones(1)), error
+
+    def training_step(self, batch, batch_idx):
+        if self.error is not None:
+            raise self.error
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_of_a_module_of_somebody_elses_nothing_is_said(tiny_llama, tmp_path):
+    callback = MemoryPlan()
+    fit(tiny_llama, tmp_path, callback, Foreign())
+    assert callback.plan is None
+    with pytest.raises(torch.OutOfMemoryError, match="theirs"):
+        fit(tiny_llama, tmp_path, callback, Foreign(torch.OutOfMemoryError("theirs")))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -28,7 +28,8 @@ LESS = 0.8  # of what a plan said, where that was too much
 class MemoryPlan(Callback):
     """Say before any weight is loaded what the heaviest micro-batch will take, and refuse to begin where it cannot fit.
 
-    Needs a data module that tells its ``heaviest`` micro-batch; with others nothing is said.
+    Needs a module of this package, and a data module that tells its ``heaviest`` micro-batch; with others nothing is
+    said.
 
     Args:
         refuse: Whether a run that cannot fit is refused; otherwise it is warned of.
@@ -39,14 +40,14 @@ class MemoryPlan(Callback):
         self.plan: Plan | None = None
         self._running: Batch | None = None
 
-    def setup(self, trainer: Trainer, pl_module: PolicyModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the plan and compare it with what there is.
 
         Raises:
             UsageError: If the run cannot fit; the message has the cheapest remedies.
         """
         data = getattr(trainer, "datamodule", None)
-        if stage != "fit" or not hasattr(data, "heaviest"):
+        if stage != "fit" or not isinstance(pl_module, PolicyModule) or not hasattr(data, "heaviest"):
             return
         case = _case(pl_module, data.heaviest())  # type: ignore[union-attr]
         try:
@@ -67,7 +68,7 @@ class MemoryPlan(Callback):
                 raise UsageError(message)
             log.warning(message)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: PolicyModule, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Keep the batch in sight."""
         self._running = batch
 
@@ -75,9 +76,9 @@ class MemoryPlan(Callback):
         """Let go of it."""
         self._running = None
 
-    def on_exception(self, trainer: Trainer, pl_module: PolicyModule, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Where memory ran out, say with which batch and what helps."""
-        if self._running is None or not _is_out_of_memory(exception):
+        if self._running is None or not isinstance(pl_module, PolicyModule) or not _is_out_of_memory(exception):
             return
         heaviest = max(self._running.pieces, key=lambda piece: len(piece.input_ids))
         batch = _on_host(heaviest)
