@@ -93,7 +93,8 @@ def found(cli, key):
     if part == "data":
         if name == "format":
             return type(cli.datamodule.format).__name__
-        return getattr(cli.datamodule, name, None) or getattr(cli.datamodule.tokenization, name)
+        owners = (cli.datamodule, cli.datamodule.stock, cli.datamodule.tokenization)
+        return next(getattr(owner, name) for owner in owners if hasattr(owner, name))
     if part == "optimizer":
         optimizer = cli.trainer.optimizers[0]
         return f"torch.optim.{type(optimizer).__name__}" if name == "class_path" else optimizer.defaults[name]

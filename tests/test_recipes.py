@@ -111,6 +111,7 @@ RECIPES = [
             random_init=True,
             layout="rows",
             activation_checkpointing=True,
+            compile=True,
             dropout=True,
             trust_remote_code=True,
             allow_pickle=True,

@@ -13,9 +13,9 @@ from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
 
 GB = 1e9
-# Of what comes and goes in a step, as measured (benchmarks/README.md): small objects settle where a tensor was, and
-# the next one of its size needs another place.
-BETWEEN = 0.8
+# Of what comes and goes in a step on a CPU, as measured (benchmarks/README.md): small objects settle where a tensor
+# was, and the next one of its size needs another place. The small states of adapters lie everywhere between large ones.
+BETWEEN, BETWEEN_WITH_ADAPTERS = 0.6, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ def plan(module: PolicyModule, case: Case) -> Plan:
     peak = max(peaks.values(), key=lambda peak: sum(peak.values()))
     if module.device.type == "cpu":
         passing = peak.get("activations", 0) + peak.get("temporary", 0)
-        peak = peak | {"between": round(BETWEEN * passing)}
+        share = BETWEEN if case.policy.lora is None else BETWEEN_WITH_ADAPTERS
+        peak = peak | {"between": round(share * passing)}
     return Plan(batch=BatchSize.of(case.batch), **peak)
 
 

@@ -177,7 +177,7 @@ def test_a_source_held_out_as_a_whole_is_refused(data):
     # One of two prompts, each all of a source.
     with pytest.raises(UsageError, match=r"`val_fraction` leaves nothing of 1 rows in memory to train on; give `val`"):
         data(mixture((1, 1), (1, 1)), val_fraction=0.5)
-    assert sum(size for size, _ in data(mixture((1, None), (1, None)), val_fraction=0.5).sizes["train"]) == 1
+    assert sum(size for size, _ in data(mixture((1, None), (1, None)), val_fraction=0.5).stock.sizes["train"]) == 1
 
 
 def test_each_part_has_its_own_format_and_report(data):
@@ -292,7 +292,7 @@ def test_a_mixture_in_yaml(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tiny_llama, data)))
     cli = dpo_lightning.cli.run(["fit", "--config", "config.yaml"])
     module = cli.datamodule
-    assert module.sizes["train"] == [(9, 4), (2, 2), (4, 4)]
+    assert module.stock.sizes["train"] == [(9, 4), (2, 2), (4, 4)]
     assert cli.trainer.global_step == 2
     assert [(report.split, report.source, report.kept) for report in module.reports] == [
         ("train", "a.jsonl", 9),
