@@ -12,7 +12,7 @@ from dpo_lightning.memory.rehearsal import Case, rehearse
 from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 # Of what comes and goes in a step on a CPU, as measured (benchmarks/README.md): small objects settle where a tensor
 # was, and the next one of its size needs another place. The small states of adapters lie everywhere between large ones.
 BETWEEN, BETWEEN_WITH_ADAPTERS = 0.6, 0.9
@@ -54,9 +54,10 @@ class Plan:
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        lines = [f"Memory at the peak of a step, for {self.batch}"]
-        lines += [f"  {name:12}{size / GB:8.2f} GB" for name, size in self.parts.items() if size]
-        return "\n".join([*lines, f"  {'peak':12}{self.peak / GB:8.2f} GB"])
+        unit, name_of_unit = (GB, "GB") if self.peak >= GB else (MB, "MB")
+        sizes = {**{name: size for name, size in self.parts.items() if size}, "peak": self.peak}
+        lines = [f"  {name:12}{size / unit:8.2f} {name_of_unit}" for name, size in sizes.items()]
+        return "\n".join([f"Memory at the peak of a step, for {self.batch}", *lines])
 
 
 @dataclass(frozen=True, kw_only=True)
