@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 from dpo_lightning.batch import PreferenceBatch
@@ -50,12 +50,11 @@ class Plan:
     @property
     def parts(self) -> Bytes:
         """Bytes by name."""
-        names = ("weights", "gradients", "optimizer", "reference", "activations", "temporary", "between")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "batch"}
 
     def __str__(self) -> str:
         unit, name_of_unit = (GB, "GB") if self.peak >= GB else (MB, "MB")
-        sizes = {**{name: size for name, size in self.parts.items() if size}, "peak": self.peak}
+        sizes = {name: size for name, size in self.parts.items() if size} | {"peak": self.peak}
         lines = [f"  {name:12}{size / unit:8.2f} {name_of_unit}" for name, size in sizes.items()]
         return "\n".join([f"Memory at the peak of a step, for {self.batch}", *lines])
 

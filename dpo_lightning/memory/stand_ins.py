@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.policy import CausalPolicy
-from dpo_lightning.models.shard import checkpoint_layers
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.paths import resolve
 from dpo_lightning.references.base import ReferenceModel
@@ -35,13 +35,11 @@ def stand_in(spec: PolicySpec, num_layers: int | None = None) -> CausalPolicy:
         config, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
     )
     if spec.lora is not None:
-        _own_settings(spec.lora).add(model)
+        spec = dataclasses.replace(spec, lora=_own_settings(spec.lora))
+    policy = spec.assemble(model, "rows" if spec.layout == "rows" else "stream")
     if spec.quantize is not None:
-        _quantise(model, QUANTISED[spec.quantize])
-    policy = CausalPolicy(model, "rows" if spec.layout == "rows" else "stream")
-    if spec.activation_checkpointing:
-        checkpoint_layers(policy.model, int(spec.activation_checkpointing))
-    return policy.train()
+        _quantise(policy.model, QUANTISED[spec.quantize])
+    return policy
 
 
 def first_layers(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:

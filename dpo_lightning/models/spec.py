@@ -94,10 +94,13 @@ class PolicySpec:
         with torch.device("cpu"):
             config = self.load_config()
             layout = self._layout(config, device, compute_dtype)
-            model = self._load_model(config)
-            if self.lora is not None:
-                self.lora.add(model)
-            policy = CausalPolicy(model, layout)
+            return self.assemble(self._load_model(config), layout)
+
+    def assemble(self, model: PreTrainedModel, layout: Layout) -> CausalPolicy:
+        """The policy in training mode, of a model to which adapters, checkpoints and compilation are still owed."""
+        if self.lora is not None:
+            self.lora.add(model)
+        policy = CausalPolicy(model, layout)
         if self.activation_checkpointing:
             checkpoint_layers(policy.model, int(self.activation_checkpointing))
         if self.compile:

@@ -169,9 +169,7 @@ class FrozenPolicy(ReferenceModel):
 
 def narrow_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the weights that matrix products alone read; an embedding that is also the output head stays as it is."""
-    shared = {
-        id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in [module.weight]
-    }
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         # Not subclasses, whose weights may be packed.
         if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in shared:
