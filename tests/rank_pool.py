@@ -1,4 +1,4 @@
-"""Processes that stay: they pay for their imports once and then run one function after the other, all of them together."""
+"""Processes that stay: they pay for their imports once, and then run one function after the other together."""
 
 import os
 import socket

@@ -53,8 +53,7 @@ def from_meta(model: nn.Module) -> None:
         assert isinstance(weight, DTensor)
         mesh, part = weight.device_mesh, weight.to_local()
         memory = torch.empty(part.shape, dtype=part.dtype, device=mesh.device_type)
-        whole = {"shape": weight.shape, "stride": weight.stride()}
-        return DTensor.from_local(memory, mesh, weight.placements, run_check=False, **whole)
+        return DTensor.from_local(memory, mesh, weight.placements, shape=weight.shape, stride=weight.stride())
 
     _replace(model, here)
     model._apply(lambda tensor: tensor)  # FSDP2 takes note of new weights in there
@@ -89,12 +88,12 @@ def fill(model: nn.Module, readers: Mapping[str, Reader]) -> set[str]:
         names.setdefault(weight, []).append(name)
     missed: set[str] = set()
     for weight, known_as in names.items():
-        name = next((name for name in known_as if name in readers), None)
+        stored = next((name for name in known_as if name in readers), None)
         target = local(weight)
-        if name is None:
+        if stored is None:
             missed.update(known_as)
         elif target.numel():
-            target.copy_(readers[name](local_box(weight)).view(target.shape))
+            target.copy_(readers[stored](local_box(weight)).view(target.shape))
     return missed
 
 

@@ -267,8 +267,8 @@ def _say_once(verdict: Verdict) -> None:
 @functools.cache
 def _say_that_ranks_load_all(family: str) -> None:
     log.warning(
-        f"{family}: every rank loads the whole model before it keeps its part: random weights, adapters that are made of "
-        "the weights below them, files that are not safetensors, and families that are stored in another form need "
+        f"{family}: every rank loads the whole model before it keeps its part: random weights, adapters that are made "
+        "of the weights below them, files that are not safetensors, and families that are stored in another form need "
         "that. The memory of the machine has to hold one model a rank."
     )
 
