@@ -272,10 +272,10 @@ class PreferenceDataModule(LightningDataModule):
             found = getattr(self.trainer.strategy, "distributed_sampler_kwargs", alone)
             seed = self.trainer.strategy.broadcast(place.seed)
             place = _Place(rank=found["rank"], world_size=found["num_replicas"], seed=seed)
-        if batch_size % place.world_size:
+        if split == "train" and batch_size % place.world_size:
             raise UsageError(
-                f"A {split} batch of {batch_size} examples does not divide among {place.world_size} devices; change "
-                f"`data.init_args.{'batch_size' if split == 'train' else 'val_batch_size'}`."
+                f"A train batch of {batch_size} examples does not divide among {place.world_size} devices; change "
+                "`data.init_args.batch_size`."
             )
         return place
 

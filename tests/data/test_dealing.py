@@ -67,9 +67,9 @@ def test_pieces_are_partitions_of_shares_and_only_single_examples_are_over_the_b
     for pieces in given:
         for piece in pieces:
             assert len(piece) <= 1 or lengths[piece].sum() <= budget
-    # All ranks alike, where they have examples enough.
-    most = max(map(len, given))
-    assert [len(pieces) for pieces in given] == [min(most, len(flat(pieces))) for pieces in given]
+    # All ranks alike, and nothing is empty but where there are too few examples.
+    assert {len(pieces) for pieces in given} == {len(given[0])}
+    assert all(all(pieces) or max(map(len, pieces)) <= 1 for pieces in given)
 
 
 @given(LENGTHS, st.integers(1, 120))
@@ -96,8 +96,8 @@ def test_pieces_of_a_share_are_nearly_equal():
     assert loads(np.array([6, 5, 4, 3, 2, 1, 1]), pieces) == [11, 11]
 
 
-def test_ranks_without_an_example_have_no_piece():
-    assert assignments(np.array([5]), 2) == assignments(np.array([5]), 2, 3) == [[[0]], []]
+def test_ranks_without_an_example_have_an_empty_piece():
+    assert assignments(np.array([5]), 2) == assignments(np.array([5]), 2, 3) == [[[0]], [[]]]
 
 
 @given(LENGTHS, st.integers(1, 120))

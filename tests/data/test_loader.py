@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.batch import MicroBatches, PreferenceBatch
+from dpo_lightning.batch import MicroBatches, PreferenceBatch, Window
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
 from dpo_lightning.errors import UsageError
@@ -30,7 +30,7 @@ def loader(
     num: int = 11, batch_size: int = 4, *, seed: int = 0, num_workers: int = 0, shuffle: bool = True, lengths=None,
     **kwargs,
 ):  # fmt: skip
-    names = ("rank", "world_size", "most_tokens")
+    names = ("rank", "world_size", "most_tokens", "num_scored", "accumulated", "max_batches")
     ranks = {name: kwargs.pop(name) for name in names if name in kwargs}
     lengths = np.full(num, 4) if lengths is None else np.array(lengths)
     sampler = GlobalBatchSampler([(num, num)], lengths, batch_size, shuffle=shuffle, seed=seed, **ranks)
@@ -112,21 +112,48 @@ def test_ranks_partition_each_global_batch(num, batch_size, world_size):
             assert sorted(flat(parts)) == sorted(batch)
 
 
-def test_shuffled_ranks_leave_out_a_last_batch_that_does_not_divide():
-    # 11 = 4 + 4 + 3, and 3 rows are no two equal shares; another epoch leaves out others.
-    shares = [loader(rank=rank, world_size=2) for rank in range(2)]
-    assert [len(share) for share in shares] == [2, 2]
-    seen = [set(flat(rows(shares[0])) + flat(rows(shares[1]))) for _ in range(4)]
-    assert [len(epoch) for epoch in seen] == [8] * 4
-    assert set.union(*seen) == set(range(11))
-
-
-@pytest.mark.parametrize(("num", "last"), [(12, [2, 2]), (11, [2, 1]), (9, [1, None]), (1, [1, None])])
-def test_unshuffled_ranks_cover_everything_once(num, last):
-    shares = [rows(loader(num, shuffle=False, rank=rank, world_size=2)) for rank in range(2)]
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("num", "last"), [(12, [2, 2]), (11, [2, 1]), (9, [1, 0]), (1, [1, 0])])
+def test_ranks_cover_everything_once_in_equally_many_batches(num, last, shuffle):
+    shares = [rows(loader(num, shuffle=shuffle, rank=rank, world_size=2)) for rank in range(2)]
     assert sorted(flat(shares[0]) + flat(shares[1])) == list(range(num))
     full = (num - 1) // 4
-    assert [[len(batch) for batch in share[full:]] for share in shares] == [[size] if size else [] for size in last]
+    assert [[len(batch) for batch in share[full:]] for share in shares] == [[size] for size in last]
+
+
+def test_a_rank_without_examples_gets_a_batch_of_none():
+    *_, last = loader(5, rank=1, world_size=2)
+    assert last.length.shape == (0, 2)
+    assert len(last.input_ids) == last.max_query == 1
+    assert len(last.source) == len(last.row) == len(last.digest) == 0
+
+
+# Windows: what an optimizer step is the mean over.
+
+
+def test_batches_say_what_their_step_is_the_mean_over():
+    scored = np.arange(11)
+    windows = [batch.window for batch in loader(shuffle=False, num_scored=scored, accumulated=2)]
+    assert windows == [Window(8, sum(range(8)), 2), Window(8, sum(range(8)), 2), Window(3, 8 + 9 + 10, 2)]
+
+
+def test_windows_end_where_the_trainer_ends_the_epoch():
+    batches = loader(20, shuffle=False, num_scored=np.ones(20, int), accumulated=2, max_batches=3)
+    assert [batch.window.examples for batch in islice(iter(batches), 3)] == [8, 8, 4]
+
+
+def test_windows_are_those_of_all_ranks_and_pieces_and_the_same_after_resuming():
+    settings = {"num_scored": np.arange(11), "accumulated": 3}
+    whole = [batch.window for batch in loader(**settings)]
+    for rank in range(2):
+        assert [b.window for b in loader(rank=rank, world_size=2, most_tokens=5, **settings)] == whole
+    source = loader(**settings)
+    rows(islice(iter(source), 1))
+    assert [batch.window for batch in resumed(source.state_dict(), **settings)] == whole[1:]
+
+
+def test_where_nothing_is_trained_there_are_no_windows():
+    assert {batch.window for batch in loader(shuffle=False)} == {None}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -268,10 +295,8 @@ def test_ranks_partition_mixed_batches(world_size):
         parts = (20, 5), (9, 9)
         whole = rows(mixed(*parts, epoch=epoch))
         shares = [rows(mixed(*parts, epoch=epoch, rank=rank, world_size=world_size)) for rank in range(world_size)]
-        # 14 = 4 + 4 + 4 + 2, and 2 are no four equal shares.
         assert [len(batch) for batch in whole] == [4, 4, 4, 2]
-        assert {len(share) for share in shares} == {4 if world_size == 2 else 3}
-        for batch, *together in zip(whole, *shares, strict=world_size == 2):
+        for batch, *together in zip(whole, *shares, strict=True):
             assert sorted(flat(together)) == sorted(batch)
 
 
