@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
@@ -20,6 +21,8 @@ from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.modules.gradients import total_norm
+from dpo_lightning.modules.guard import Guard, Run
 from dpo_lightning.modules.schedule import Schedule, lr_factor
 from dpo_lightning.modules.steps import PiecewiseModule
 from dpo_lightning.modules.throughput import Throughput
@@ -73,6 +76,8 @@ class PolicyModule(PiecewiseModule):
         self.policy = None
         self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
         self._throughput = Throughput()
+        self._guard = Guard()
+        self._gradient_norm: Tensor | None = None
         self._base_fingerprint: str | None = None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
@@ -122,7 +127,8 @@ class PolicyModule(PiecewiseModule):
             return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Under adapters keep a fingerprint of the weights that are left out."""
+        """Under adapters keep a fingerprint of the weights that are left out; nothing is saved behind a bad step."""
+        self._guard.check()
         if self.spec.lora is not None and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
             checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
@@ -149,11 +155,20 @@ class PolicyModule(PiecewiseModule):
         return self.policy(batch, reference, collision)  # type: ignore[misc]
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
+        """Start the clock of the throughput, and watch what is learnt."""
         self._throughput.start()
+        run, strategy = self.trainer, self.trainer.strategy
+        folder = Path(run.log_dir or run.default_root_dir)
+        ranks = (run.global_rank, run.world_size, run.accumulate_grad_batches)
+        self._guard.start(Run(type(self).__name__, folder, *ranks, self._autocast(), strategy.barrier))
+
+    def on_train_end(self) -> None:
+        """The last step, too, has to have been a good one."""
+        self._guard.check()
 
     def on_validation_start(self) -> None:
-        """Validation does not count as training time."""
+        """Validation does not count as training time, and is of weights that are known to be good."""
+        self._guard.check()
         self._throughput.pause()
 
     def on_validation_end(self) -> None:
@@ -162,12 +177,26 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count what the step will do; shapes are known on the host."""
+        self._guard.begin(batch)
         for piece in batch.pieces:
             self._throughput.count(piece.length.shape[0], piece.input_ids.shape[0])
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Of a loss that is not finite no gradient is, and by the gradients all ranks learn of it."""
+        self._guard.note_loss(loss)
+        super().backward(loss, *args, **{"gradient": 1 + 0 * loss.detach(), **kwargs})
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
+        """Let no update pass that is not finite, and log; between log lines nothing waits for the device.
+
+        Training metrics are those of all batches since the last line.
+        """
         step = self.trainer.global_step + 1
+        norm = self._gradient_norm = total_norm(_gradients(optimizer))
+        if self._scales_loss():
+            self._guard.let_pass()  # the scaler skips what is not finite, by its own design
+        else:
+            self._guard.watch(norm, optimizer, step)
         due = is_logged(self.trainer, step)
         if not due and step > 1:  # the progress bar has something to show from the first step on
             return
@@ -177,8 +206,7 @@ class PolicyModule(PiecewiseModule):
         if not due:
             return
         metric.reset()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/grad_norm", norm)
         for name, value in self._throughput.per_second().items():
             self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
 
@@ -225,10 +253,17 @@ class PolicyModule(PiecewiseModule):
         """Clip as the Trainer says, also for the fused optimizers that Lightning refuses under bf16-mixed."""
         if self._scales_loss():
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            self.trainer.precision_plugin.clip_grad_by_value(optimizer, gradient_clip_val)
         elif gradient_clip_val:
-            plugin = self.trainer.precision_plugin
-            clip = plugin.clip_grad_by_value if gradient_clip_algorithm == "value" else plugin.clip_grad_by_norm
-            clip(optimizer, gradient_clip_val)
+            norm = total_norm(_gradients(optimizer)) if self._gradient_norm is None else self._gradient_norm
+            weights = self.trainer.precision_plugin.main_params(optimizer)
+            torch.nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
+        self._gradient_norm = None
+
+    def over_ranks(self, value: Tensor, operation: str) -> Tensor:
+        """Sum or mean of a value of every rank; without a Trainer there is one."""
+        return value if self._trainer is None else self.trainer.strategy.reduce(value, reduce_op=operation)
 
     def _lr_factor(self, step: int) -> float:
         # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data
@@ -277,6 +312,11 @@ class PolicyModule(PiecewiseModule):
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
             )
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def _leave_out(module: PolicyModule, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -116,6 +116,8 @@ class DPOModule(ReferencedModule):
     def summed_loss(self, stage: str, piece: PreferenceBatch) -> Tensor:
         """Sum of the losses of some examples."""
         policy, reference = self.scores(piece)
+        if stage == "fit":
+            self._guard.note_scores(piece.row, policy.total, None if reference is None else reference.total)
         sums = self._sums(policy, reference, add=stage == "fit")
         loss = self._losses(policy, reference, sums)
         with torch.no_grad():
@@ -163,7 +165,7 @@ class DPOModule(ReferencedModule):
         if add:
             with torch.no_grad():
                 new = self.loss.sums(policy, reference).float()
-            self._loss_sums = self._loss_sums + self.trainer.strategy.reduce(new, reduce_op="sum")
+            self._loss_sums = self._loss_sums + self.over_ranks(new, "sum")
         return self._loss_sums
 
     def _check_pieces(self) -> None:
