@@ -8,7 +8,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import (
@@ -79,6 +79,32 @@ class PolicySpec:
             raise UsageError('`quantize` needs bitsandbytes: pip install -c constraints.txt -e ".[quantize]".')
         if self.quantize is not None and self.random_init:
             raise UsageError("Random weights cannot be quantised: leave out `policy.quantize` or `policy.random_init`.")
+
+    can_be_rebuilt: ClassVar[bool] = True
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in messages."""
+        return self.path
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained on frozen weights."""
+        return self.lora is not None
+
+    @property
+    def has_trained_adapter(self) -> bool:
+        """Whether training goes on with an adapter that changes the model already."""
+        return self.lora is not None and self.lora.path is not None
+
+    def check(self) -> None:
+        """Something must be there to train."""
+        if self.quantize is not None and self.lora is None:
+            raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+
+    def at(self, path: str, revision: str | None) -> PolicySpec:
+        """The same recipe for another model, as it stands."""
+        return dataclasses.replace(self, path=path, revision=revision, random_init=False, lora=None)
 
     def build(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None) -> CausalPolicy:
         """The policy in training mode, on the CPU: the strategy moves it.
@@ -193,8 +219,3 @@ def _set_dropout_to_zero(config: PretrainedConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, float) and "drop" in name:  # dropout, attn_pdrop, layerdrop
             setattr(config, name, 0.0)
-
-
-def at(spec: PolicySpec, path: str, revision: str | None) -> PolicySpec:
-    """The same recipe for another model, as it stands."""
-    return dataclasses.replace(spec, path=path, revision=revision, random_init=False, lora=None)

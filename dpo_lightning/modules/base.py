@@ -19,6 +19,7 @@ from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
+from dpo_lightning.models.in_memory import AnyPolicy, InMemory, PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.gradients import total_norm
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 POLICY = "policy."
 BASE_FINGERPRINT = "base_fingerprint"
+IN_MEMORY = "in_memory"
 LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
@@ -40,7 +42,7 @@ class PolicyModule(PiecewiseModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         lr: Learning rate of the default optimizer, fused AdamW without weight decay; 1e-6 where nothing is given.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         schedule: What the learning rate does after warm-up: stay, or fall to 0 at the last step.
@@ -53,7 +55,7 @@ class PolicyModule(PiecewiseModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
+        policy: AnyPolicy,
         lr: float | None = None,
         warmup_steps: int = 0,
         schedule: Schedule = "constant",
@@ -69,7 +71,7 @@ class PolicyModule(PiecewiseModule):
             raise UsageError(f"`lr` must be positive, got {lr}; DPO uses about {DEFAULT_LR}.")
         if warmup_steps < 0:
             raise UsageError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
-        self.spec = from_plain(policy, PolicySpec)
+        self.spec = _recipe(policy)
         self.lr = DEFAULT_LR if lr is None else lr
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
@@ -81,7 +83,7 @@ class PolicyModule(PiecewiseModule):
         self._base_fingerprint: str | None = None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
-        self.record(policy=self.spec, lr=lr, warmup_steps=warmup_steps, schedule=schedule)
+        self.record(policy=_recorded(self.spec), lr=lr, warmup_steps=warmup_steps, schedule=schedule)
 
     def record(self, **hyperparameters: Any) -> None:
         """Keep hyperparameters as plain data, so that checkpoints load with ``weights_only=True``."""
@@ -97,8 +99,8 @@ class PolicyModule(PiecewiseModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
-        if stage == "fit" and self.spec.quantize is not None and self.spec.lora is None:
-            raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+        if stage == "fit":
+            self.spec.check()
         if self._target_device().type == "cpu":
             keep_freed_memory()
 
@@ -110,16 +112,16 @@ class PolicyModule(PiecewiseModule):
             self._recommend_bfloat16()
             self._hide_constants_from_ddp()
         # Now, since a strategy may cast the weights later.
-        if self.spec.lora is not None and self._trainer is not None and self._base_fingerprint is None:
+        if self.spec.has_adapters and self._trainer is not None and self._base_fingerprint is None:
             self._base_fingerprint = base_fingerprint(self.policy)
 
-    def load(self, spec: PolicySpec) -> CausalPolicy:
+    def load(self, spec: PolicyRecipe) -> CausalPolicy:
         """Build a model for this module's device and precision."""
         return spec.build(self._target_device(), self._compute_dtype())
 
     def is_left_out(self, name: str) -> bool:
         """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
-        if self.spec.lora is None or self.policy is None or not name.startswith(POLICY):
+        if not self.spec.has_adapters or self.policy is None or not name.startswith(POLICY):
             return False
         try:
             return not self.policy.get_parameter(name.removeprefix(POLICY)).requires_grad
@@ -129,7 +131,7 @@ class PolicyModule(PiecewiseModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters keep a fingerprint of the weights that are left out; nothing is saved behind a bad step."""
         self._guard.check()
-        if self.spec.lora is not None and self.policy is not None:
+        if self.spec.has_adapters and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
             checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
 
@@ -144,8 +146,8 @@ class PolicyModule(PiecewiseModule):
         self._base_fingerprint = base_fingerprint(self.policy)
         if self._base_fingerprint != expected:
             raise UsageError(
-                f"The adapters of this checkpoint were trained on other weights than {self.spec.path} holds now; set "
-                "`policy.path` to those."
+                f"The adapters of this checkpoint were trained on other weights than {self.spec.origin} holds "
+                "now; set `policy.path` to those, or hand over a model that has them."
             )
 
     def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
@@ -312,6 +314,23 @@ class PolicyModule(PiecewiseModule):
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
             )
+
+
+def _recipe(policy: Any) -> PolicyRecipe:
+    if isinstance(policy, InMemory):
+        return policy
+    if isinstance(policy, nn.Module):
+        return InMemory(policy)
+    if isinstance(policy, dict) and IN_MEMORY in policy:
+        raise UsageError(
+            f"The policy of this checkpoint was a {policy[IN_MEMORY]} in memory, which a checkpoint does not hold: "
+            "hand over one, with the weights that training began with, by load_from_checkpoint(path, policy=model)."
+        )
+    return from_plain(policy, PolicySpec)
+
+
+def _recorded(recipe: PolicyRecipe) -> Any:
+    return {IN_MEMORY: type(recipe.model).__name__} if isinstance(recipe, InMemory) else recipe
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

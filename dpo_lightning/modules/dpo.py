@@ -14,8 +14,8 @@ from dpo_lightning.batch import Batch, Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.metrics import PreferenceMetrics
+from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import score
-from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.referenced import ReferencedModule
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Reference
@@ -53,7 +53,7 @@ class DPOModule(ReferencedModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
+        policy: AnyPolicy,
         loss: PreferenceLoss,
         reference: Reference | None = None,
         **optimization: Any,
@@ -119,11 +119,26 @@ class DPOModule(ReferencedModule):
         if stage == "fit":
             self._guard.note_scores(piece.row, policy.total, None if reference is None else reference.total)
         sums = self._sums(policy, reference, add=stage == "fit")
-        loss = self._losses(policy, reference, sums)
+        loss = self._losses(policy, reference, sums) + self.auxiliary_losses(stage, piece, policy, reference)
         with torch.no_grad():
             parts = self.loss.parts(policy, reference, sums)
             self.metric(stage).update(loss, self.loss.rewards(policy, reference), policy, parts)
         return loss.sum()
+
+    def auxiliary_losses(
+        self, stage: str, piece: PreferenceBatch, policy: Logps, reference: Logps | None
+    ) -> Tensor | float:
+        """What a subclass adds to the losses of some examples, shape ``(B,)``.
+
+        Since it is a loss of each example, the mean over pieces, accumulated batches and ranks is right by itself.
+
+        Args:
+            stage: fit, validate or test.
+            piece: The examples.
+            policy: What the policy says of them, with gradients.
+            reference: What the reference says; None where the loss needs none.
+        """
+        return 0.0
 
     def predict_step(self, batch: Batch, batch_idx: int) -> ScoredResponses:
         """Implicit reward of every response: a trained policy is a reward model."""

@@ -16,9 +16,9 @@ from transformers import Conv1D, PreTrainedModel
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.fingerprint import fingerprint
-from dpo_lightning.models.policy import CausalPolicy, score
+from dpo_lightning.models.in_memory import PolicyRecipe
+from dpo_lightning.models.policy import CausalPolicy, LogitsPolicy, score
 from dpo_lightning.models.shard import compile_layers
-from dpo_lightning.models.spec import PolicySpec
 
 
 class Circumstances(NamedTuple):
@@ -35,10 +35,10 @@ class Circumstances(NamedTuple):
         autocast: Dtype of matrix products where they run in another than that of the weights.
     """
 
-    spec: PolicySpec
+    spec: PolicyRecipe
     policy: CausalPolicy
     initial: Callable[[], CausalPolicy]
-    load: Callable[[PolicySpec], CausalPolicy]
+    load: Callable[[PolicyRecipe], CausalPolicy]
     device: torch.device
     numerics: str
     expected: str | None
@@ -46,7 +46,10 @@ class Circumstances(NamedTuple):
 
     def copy(self) -> CausalPolicy:
         """A copy of the policy as training began with it."""
-        policy = copy.deepcopy(self.initial())
+        initial = self.initial()
+        if initial is not self.policy:
+            return initial
+        policy = copy.deepcopy(initial)
         if self.spec.compile:  # a copy is not compiled
             compile_layers(policy.model)
         return policy
@@ -66,7 +69,7 @@ class Reference(ABC):
     def is_initial_policy(self) -> bool:
         """Whether the reference is the policy as training found it, so that all margins start at 0."""
 
-    def check(self, spec: PolicySpec) -> None:  # noqa: B027  (nothing to check is a fine answer)
+    def check(self, spec: PolicyRecipe) -> None:  # noqa: B027  (nothing to check is a fine answer)
         """Raise a UsageError where :meth:`build` is bound to fail; cheap."""
 
     @abstractmethod
@@ -142,7 +145,7 @@ class FrozenPolicy(ReferenceModel):
         self.train(False)
         self.fingerprint = fingerprint(self)
         self._autocast = autocast
-        if autocast is not None:
+        if autocast is not None and not isinstance(policy, LogitsPolicy):  # who may read weights in ways of its own
             narrow_linear_layers(policy.model, autocast)
 
     @torch.no_grad()
