@@ -55,6 +55,8 @@ class PolicySpec:
         allow_pickle: Also load weights that are not safetensors; such files can run code.
     """
 
+    can_be_rebuilt: ClassVar[bool] = True  # from where its weights came
+
     path: str
     revision: str | None = None
     tokenizer: str | None = None
@@ -79,8 +81,6 @@ class PolicySpec:
             raise UsageError('`quantize` needs bitsandbytes: pip install -c constraints.txt -e ".[quantize]".')
         if self.quantize is not None and self.random_init:
             raise UsageError("Random weights cannot be quantised: leave out `policy.quantize` or `policy.random_init`.")
-
-    can_be_rebuilt: ClassVar[bool] = True
 
     @property
     def origin(self) -> str:

@@ -43,7 +43,7 @@ class DPOModule(ReferencedModule):
     """Direct preference optimisation and its family: which member is the loss's choice.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         loss: The objective, such as DPOLoss.
         reference: Where reference log-probabilities come from; a FrozenCopy of the policy unless named.
         **optimization: Learning rate and schedule, as in PolicyModule.

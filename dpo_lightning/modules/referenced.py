@@ -26,7 +26,7 @@ class ReferencedModule(PolicyModule):
     """A policy, and where a subclass needs it a reference.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         reference: Where reference log-probabilities come from; a FrozenCopy of the policy unless named.
         **optimization: Learning rate and schedule, as in PolicyModule.
     """

@@ -35,8 +35,8 @@ class AdaptersOff(Reference):
         """There must be adapters."""
         if not spec.has_adapters:
             raise UsageError(
-                "AdaptersOff needs a policy with adapters, `policy.lora`, or a Hugging Face model in memory to which "
-                "`model.add_adapter` has added one under its default name; with all weights use FrozenCopy."
+                "AdaptersOff needs a policy with adapters, `policy.lora`; to a Hugging Face model in memory add one by "
+                "`model.add_adapter`, under its default name. With all weights use FrozenCopy."
             )
 
     def build(self, found: Circumstances) -> AdapterReference:
