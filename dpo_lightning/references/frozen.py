@@ -100,8 +100,8 @@ class OffloadedPolicy(ReferenceModel):
     def outputs(self, batch: PreferenceBatch) -> Outputs:
         """Hidden states and output head without gradients."""
         outputs = self._frozen[0].outputs(batch)
-        moved = (None if part is None else part.to(self._device) for part in (outputs.weight, outputs.bias))
-        weight, bias = moved
+        head = (outputs.weight, outputs.bias)
+        weight, bias = (None if part is None else part.to(self._device) for part in head)
         return outputs._replace(weight=weight, bias=bias)
 
 
