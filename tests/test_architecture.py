@@ -23,7 +23,7 @@ ALLOWED = {
     "metrics": {"batch"},
     "modules": {"batch", "cpu", "functional", "losses", "metrics", "models", "recipes", "references", "errors"},
     "memory": {"batch", "models", "modules", "references", "paths"},
-    "callbacks": {"batch", "memory", "data", "generation", "modules", "errors"},
+    "callbacks": {"batch", "memory", "data", "generation", "models", "modules", "errors"},
     "strategies": {"models", "errors"},
     "explain": set(),
     "inspection": {"data", "errors"},

@@ -16,6 +16,7 @@ from dpo_lightning.memory.plan import GB, Plan, plan
 from dpo_lightning.memory.rehearsal import Case
 from dpo_lightning.memory.remedies import remedies
 from dpo_lightning.memory.shapes import lengths_of
+from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.referenced import ReferencedModule
 
@@ -28,8 +29,8 @@ LESS = 0.8  # of what a plan said, where that was too much
 class MemoryPlan(Callback):
     """Say before any weight is loaded what the heaviest micro-batch will take, and refuse to begin where it cannot fit.
 
-    Needs a module of this package, and a data module that tells its ``heaviest`` micro-batch; with others nothing is
-    said.
+    Needs a module of this package whose policy is not in memory yet, and a data module that tells its ``heaviest``
+    micro-batch; with others nothing is said.
 
     Args:
         refuse: Whether a run that cannot fit is refused; otherwise it is warned of.
@@ -47,8 +48,9 @@ class MemoryPlan(Callback):
             UsageError: If the run cannot fit; the message has the cheapest remedies.
         """
         data = getattr(trainer, "datamodule", None)
-        if stage != "fit" or not isinstance(pl_module, PolicyModule) or not hasattr(data, "heaviest"):
+        if stage != "fit" or not _can_be_planned(pl_module) or not hasattr(data, "heaviest"):
             return
+        assert isinstance(pl_module, PolicyModule)
         case = _case(pl_module, data.heaviest())  # type: ignore[union-attr]
         try:
             self.plan = plan(pl_module, case)
@@ -78,8 +80,9 @@ class MemoryPlan(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Where memory ran out, say with which batch and what helps."""
-        if self._running is None or not isinstance(pl_module, PolicyModule) or not _is_out_of_memory(exception):
+        if self._running is None or not _can_be_planned(pl_module) or not _is_out_of_memory(exception):
             return
+        assert isinstance(pl_module, PolicyModule)
         heaviest = max(self._running.pieces, key=lambda piece: len(piece.input_ids))
         batch = _on_host(heaviest)
         self._running = None
@@ -99,7 +102,13 @@ def describe(batch: PreferenceBatch) -> str:
     )
 
 
+def _can_be_planned(module: LightningModule) -> bool:
+    """A model that is in memory already cannot be rehearsed without its weights."""
+    return isinstance(module, PolicyModule) and isinstance(module.spec, PolicySpec)
+
+
 def _case(module: PolicyModule, batch: PreferenceBatch) -> Case:
+    assert isinstance(module.spec, PolicySpec)
     reference = module.reference if isinstance(module, ReferencedModule) and module.needs_reference else None
     data = getattr(module.trainer, "datamodule", None)
     in_pieces = getattr(data, "micro_batch_tokens", None) is not None

@@ -20,15 +20,15 @@ class Outputs(NamedTuple):
     .. math:: z_n = s \, (W h_n + b), \quad z_n \leftarrow c \tanh(z_n / c)
 
     Attributes:
-        hidden: Shape ``(N, D)``.
-        weight: Shape ``(V, D)``.
+        hidden: Shape ``(N, D)``; logits, shape ``(N, V)``, where there is no weight.
+        weight: Shape ``(V, D)``; None where a model has made logits by itself.
         bias: Shape ``(V,)``.
         scale: Factor of the logits (Cohere; Granite has its inverse).
         softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
@@ -46,11 +46,14 @@ class Head:
         self.hidden, self.weight, self.bias, self.scale, self.softcap = outputs
         self.dtype = product_dtype(self.hidden) if dtype is None else dtype
         self.wide = torch.promote_types(self.hidden.dtype, torch.float32)
-        self._cast_weight = self.weight.to(self.dtype)
+        self._cast_weight = None if self.weight is None else self.weight.to(self.dtype)
 
     def logits(self, chunk: slice) -> Tensor:
         """Logits of some rows in the wide dtype; a tensor of its own, which the caller may overwrite."""
-        logits = (self.hidden[chunk].to(self.dtype) @ self._cast_weight.t()).to(self.wide)
+        if self._cast_weight is None:
+            logits = self.hidden[chunk].to(self.wide, copy=True)
+        else:
+            logits = (self.hidden[chunk].to(self.dtype) @ self._cast_weight.t()).to(self.wide)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -66,7 +69,8 @@ class Head:
     def chunks(self, chunk_bytes: int | None) -> list[slice]:
         """Rows in pieces whose logits, in the compute dtype, in fp32 and in one temporary, stay within a bound."""
         bound = chunk_bytes or CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
-        rows = max(1, bound // (self.weight.shape[0] * 12))
+        vocabulary = self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
+        rows = max(1, bound // (vocabulary * 12))
         return [slice(start, start + rows) for start in range(0, self.hidden.shape[0], rows)]
 
 
@@ -93,7 +97,7 @@ class HeadGradients:
             grad_logits.mul_(head.scale)
         cast = grad_logits.to(head.dtype)
         if self.hidden is not None:
-            self.hidden[chunk] = cast @ head._cast_weight
+            self.hidden[chunk] = grad_logits if head._cast_weight is None else cast @ head._cast_weight
         if self.needs_weight:
             product = cast.t() @ head.hidden[chunk].to(head.dtype)
             self.weight = product.to(head.wide) if self.weight is None else self.weight.add_(product)
@@ -102,8 +106,10 @@ class HeadGradients:
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias, in their dtypes."""
-        weight = torch.zeros_like(self.head.weight) if self.needs_weight else None  # what remains without any row
-        weight = weight if self.weight is None else self.weight.to(self.head.weight.dtype)
+        weight = None
+        if self.needs_weight and self.head.weight is not None:
+            total = torch.zeros_like(self.head.weight) if self.weight is None else self.weight  # without any row
+            weight = total.to(self.head.weight.dtype)
         bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
         return self.hidden, weight, bias
 

@@ -17,7 +17,7 @@ from dpo_lightning.functional.head import Head, HeadGradients, Outputs, product_
 def token_logps(
     hidden: Tensor,
     target: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None = None,
     *,
     scale: float = 1.0,
@@ -33,7 +33,7 @@ def token_logps(
     or in fp64 where ``hidden`` is.
 
     Args:
-        hidden: Hidden states that predict the targets, shape ``(N, D)``.
+        hidden: Hidden states that predict the targets, shape ``(N, D)``; logits, ``(N, V)``, without a weight.
         target: Token ids, int64, shape ``(N,)``.
         weight: Output head, shape ``(V, D)``.
         bias: Bias of the output head, shape ``(V,)``.
@@ -60,7 +60,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         target: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         scale: float,
         softcap: float | None,

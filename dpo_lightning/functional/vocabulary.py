@@ -61,7 +61,7 @@ class _TokenKL(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         constants: tuple[float, float | None],
         reference: Outputs,

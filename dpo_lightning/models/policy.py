@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.functional.layout import RaggedLayout
 from dpo_lightning.functional.logps import sum_by_owner, token_logps
@@ -83,7 +84,9 @@ class CausalPolicy(nn.Module):
         """Hidden states that predict the scored tokens, in the order of ``batch.target``, and the output head."""
         outputs = self(batch, outputs_alone=True)
         # Divided weights are gathered while the policy runs, and no longer.
-        return outputs._replace(weight=outputs.weight.clone()) if is_sharded(self) else outputs
+        if is_sharded(self) and outputs.weight is not None:
+            return outputs._replace(weight=outputs.weight.clone())
+        return outputs
 
     def generate(self, **kwargs: Any) -> Any:
         """What the model's own ``generate`` does; with divided weights all ranks have to call it alike."""
@@ -117,6 +120,46 @@ class CausalPolicy(nn.Module):
             inputs["position_ids"] = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return hidden.flatten(0, 1), source
+
+
+class LogitsPolicy(CausalPolicy):
+    """Any module that maps padded rows of tokens to logits; those of all tokens then exist.
+
+    Args:
+        model: Its forward takes token ids, shape (rows, columns), and by name attention_mask and position_ids where it
+            has them; it returns logits, shape (rows, columns, vocabulary), or an object that has them as logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model = model  # type: ignore[assignment]
+        self.layout = "rows"
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As the module does it."""
+        return nn.Module._apply(self, fn, recurse)
+
+    def _outputs(self, batch: PreferenceBatch) -> Outputs:
+        """Logits that predict the scored tokens, in the order of ``batch.target``.
+
+        Raises:
+            UsageError: If the module returns something else.
+        """
+        rows, mask, source = padded_rows(batch)
+        positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        offered = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        returned = self.model(
+            batch.input_ids[rows], **{name: value for name, value in offered.items() if name in self._takes}
+        )
+        logits = getattr(returned, "logits", returned)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != rows.shape:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(returned).__name__
+            raise UsageError(
+                f"{type(self.model).__name__} returns {found} for token ids of shape {tuple(rows.shape)}; its forward "
+                "must return logits of shape (rows, columns, vocabulary), or an object that has them as `logits`."
+            )
+        return Outputs(logits.flatten(0, 1).index_select(0, source), None)
 
 
 def score(outputs: Outputs, batch: PreferenceBatch) -> Logps:

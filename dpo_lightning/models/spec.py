@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import (
@@ -68,6 +68,8 @@ class PolicySpec:
         allow_pickle: Also load weights that are not safetensors; such files can run code.
     """
 
+    can_be_rebuilt: ClassVar[bool] = True  # from where its weights came
+
     path: str
     revision: str | None = None
     tokenizer: str | None = None
@@ -92,6 +94,30 @@ class PolicySpec:
             raise UsageError('`quantize` needs bitsandbytes: pip install -c constraints.txt -e ".[quantize]".')
         if self.quantize is not None and self.random_init:
             raise UsageError("Random weights cannot be quantised: leave out `policy.quantize` or `policy.random_init`.")
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in messages."""
+        return self.path
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained on frozen weights."""
+        return self.lora is not None
+
+    @property
+    def has_trained_adapter(self) -> bool:
+        """Whether training goes on with an adapter that changes the model already."""
+        return self.lora is not None and self.lora.path is not None
+
+    def check(self) -> None:
+        """Something must be there to train."""
+        if self.quantize is not None and self.lora is None:
+            raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+
+    def at(self, path: str, revision: str | None) -> PolicySpec:
+        """The same recipe for another model, as it stands."""
+        return dataclasses.replace(self, path=path, revision=revision, random_init=False, lora=None)
 
     def build(
         self,
@@ -277,8 +303,3 @@ def _set_dropout_to_zero(config: PretrainedConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, float) and "drop" in name:  # dropout, attn_pdrop, layerdrop
             setattr(config, name, 0.0)
-
-
-def at(spec: PolicySpec, path: str, revision: str | None) -> PolicySpec:
-    """The same recipe for another model, as it stands."""
-    return dataclasses.replace(spec, path=path, revision=revision, random_init=False, lora=None)

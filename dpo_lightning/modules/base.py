@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
@@ -18,12 +19,14 @@ from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
+from dpo_lightning.models.in_memory import AnyPolicy, InMemory, PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.shard import Sharding
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.gradients import clip_by_norm, clip_by_value, gradients_of, total_norm
+from dpo_lightning.modules.guard import Guard, Run
 from dpo_lightning.modules.schedule import Schedule, lr_factor
-from dpo_lightning.modules.steps import PiecewiseModule
+from dpo_lightning.modules.steps import PiecewiseModule, data_ranks
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.recipes import from_plain, to_plain
 
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 POLICY = "policy."
 BASE_FINGERPRINT = "base_fingerprint"
+IN_MEMORY = "in_memory"
 LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
@@ -39,7 +43,7 @@ class PolicyModule(PiecewiseModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         lr: Learning rate of the default optimizer, fused AdamW without weight decay; 1e-6 where nothing is given.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         schedule: What the learning rate does after warm-up: stay, or fall to 0 at the last step.
@@ -52,7 +56,7 @@ class PolicyModule(PiecewiseModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
+        policy: AnyPolicy,
         lr: float | None = None,
         warmup_steps: int = 0,
         schedule: Schedule = "constant",
@@ -68,17 +72,19 @@ class PolicyModule(PiecewiseModule):
             raise UsageError(f"`lr` must be positive, got {lr}; DPO uses about {DEFAULT_LR}.")
         if warmup_steps < 0:
             raise UsageError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
-        self.spec = from_plain(policy, PolicySpec)
+        self.spec = _recipe(policy)
         self.lr = DEFAULT_LR if lr is None else lr
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.policy = None
         self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
         self._throughput = Throughput()
+        self._guard = Guard()
+        self._gradient_norm: Tensor | None = None
         self._base_fingerprint: str | None = None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
-        self.record(policy=self.spec, lr=lr, warmup_steps=warmup_steps, schedule=schedule)
+        self.record(policy=_recorded(self.spec), lr=lr, warmup_steps=warmup_steps, schedule=schedule)
 
     def record(self, **hyperparameters: Any) -> None:
         """Keep hyperparameters as plain data, so that checkpoints load with ``weights_only=True``."""
@@ -94,8 +100,8 @@ class PolicyModule(PiecewiseModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
-        if stage == "fit" and self.spec.quantize is not None and self.spec.lora is None:
-            raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
+        if stage == "fit":
+            self.spec.check()
         if self._target_device().type == "cpu":
             keep_freed_memory()
 
@@ -107,17 +113,17 @@ class PolicyModule(PiecewiseModule):
             self._recommend_bfloat16()
             self._hide_constants_from_ddp()
         # Now, since a strategy may cast the weights later.
-        if self.spec.lora is not None and self._trainer is not None and self._base_fingerprint is None:
+        if self.spec.has_adapters and self._trainer is not None and self._base_fingerprint is None:
             self._base_fingerprint = base_fingerprint(self.policy)
 
-    def load(self, spec: PolicySpec, weights: CausalPolicy | None = None) -> CausalPolicy:
+    def load(self, spec: PolicyRecipe, weights: CausalPolicy | None = None) -> CausalPolicy:
         """Build a model for this module's device, precision and strategy, with the weights of another, if given."""
         sharding: Sharding | None = None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
         return spec.build(self._target_device(), self._compute_dtype(), sharding, weights)
 
     def is_left_out(self, name: str) -> bool:
         """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
-        if self.spec.lora is None or self.policy is None or not name.startswith(POLICY):
+        if not self.spec.has_adapters or self.policy is None or not name.startswith(POLICY):
             return False
         try:
             return not self.policy.get_parameter(name.removeprefix(POLICY)).requires_grad
@@ -125,8 +131,9 @@ class PolicyModule(PiecewiseModule):
             return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Under adapters keep a fingerprint of the weights that are left out."""
-        if self.spec.lora is not None and self.policy is not None:
+        """Under adapters keep a fingerprint of the weights that are left out; nothing is saved behind a bad step."""
+        self._guard.check()
+        if self.spec.has_adapters and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
             checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
 
@@ -141,8 +148,8 @@ class PolicyModule(PiecewiseModule):
         self._base_fingerprint = base_fingerprint(self.policy)
         if self._base_fingerprint != expected:
             raise UsageError(
-                f"The adapters of this checkpoint were trained on other weights than {self.spec.path} holds now; set "
-                "`policy.path` to those."
+                f"The adapters of this checkpoint were trained on other weights than {self.spec.origin} holds "
+                "now; set `policy.path` to those, or hand over a model that has them."
             )
 
     def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
@@ -152,11 +159,20 @@ class PolicyModule(PiecewiseModule):
         return self.policy(batch, reference, collision)  # type: ignore[misc]
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
+        """Start the clock of the throughput, and watch what is learnt."""
         self._throughput.start()
+        run, strategy = self.trainer, self.trainer.strategy
+        folder = Path(run.log_dir or run.default_root_dir)
+        ranks = (run.global_rank, run.world_size, run.accumulate_grad_batches)
+        self._guard.start(Run(type(self).__name__, folder, *ranks, self._autocast(), strategy.barrier))
+
+    def on_train_end(self) -> None:
+        """The last step, too, has to have been a good one."""
+        self._guard.check()
 
     def on_validation_start(self) -> None:
-        """Validation does not count as training time."""
+        """Validation does not count as training time, and is of weights that are known to be good."""
+        self._guard.check()
         self._throughput.pause()
 
     def on_validation_end(self) -> None:
@@ -165,12 +181,26 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count what the step will do; shapes are known on the host."""
+        self._guard.begin(batch)
         for piece in batch.pieces:
             self._throughput.count(piece.length.shape[0], piece.input_ids.shape[0])
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Of a loss that is not finite no gradient is, and by the gradients all ranks learn of it."""
+        self._guard.note_loss(loss)
+        super().backward(loss, *args, **{"gradient": 1 + 0 * loss.detach(), **kwargs})
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log training metrics of all batches since the last log line; between lines nothing waits for the device."""
+        """Let no update pass that is not finite, and log; between log lines nothing waits for the device.
+
+        Training metrics are those of all batches since the last line.
+        """
         step = self.trainer.global_step + 1
+        norm = self._gradient_norm = total_norm(gradients_of(optimizer))
+        if self._scales_loss():
+            self._guard.let_pass()  # the scaler skips what is not finite, by its own design
+        else:
+            self._guard.watch(norm, optimizer, step)
         due = is_logged(self.trainer, step)
         if not due and step > 1:  # the progress bar has something to show from the first step on
             return
@@ -180,7 +210,7 @@ class PolicyModule(PiecewiseModule):
         if not due:
             return
         metric.reset()
-        self.log("train/grad_norm", total_norm(gradients_of(self.parameters())))
+        self.log("train/grad_norm", norm)
         for name, value in self._throughput.per_second().items():
             self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
 
@@ -227,10 +257,20 @@ class PolicyModule(PiecewiseModule):
         """Clip as the Trainer says, also where Lightning refuses: fused optimizers, weights divided among devices."""
         if self._scales_loss():
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            clip_by_value(gradients_of(optimizer), gradient_clip_val)
         elif gradient_clip_val:
-            gradients = gradients_of(weight for group in optimizer.param_groups for weight in group["params"])
-            clip = clip_by_value if gradient_clip_algorithm == "value" else clip_by_norm
-            clip(gradients, gradient_clip_val)
+            norm = total_norm(gradients_of(optimizer)) if self._gradient_norm is None else self._gradient_norm
+            clip_by_norm(gradients_of(optimizer), gradient_clip_val, norm)
+        self._gradient_norm = None
+
+    def over_ranks(self, value: Tensor, operation: str) -> Tensor:
+        """Sum, mean or max of a value of every rank that has batches of its own; without a Trainer there is one."""
+        if self._trainer is None:
+            return value
+        result = self.trainer.strategy.reduce(value, reduce_op=operation)
+        # Ranks that share the products of one model say the same.
+        return result * (data_ranks(self.trainer) / self.trainer.world_size) if operation == "sum" else result
 
     def _lr_factor(self, step: int) -> float:
         # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data
@@ -279,6 +319,23 @@ class PolicyModule(PiecewiseModule):
                 "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
                 "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
             )
+
+
+def _recipe(policy: Any) -> PolicyRecipe:
+    if isinstance(policy, InMemory):
+        return policy
+    if isinstance(policy, nn.Module):
+        return InMemory(policy)
+    if isinstance(policy, dict) and IN_MEMORY in policy:
+        raise UsageError(
+            f"The policy of this checkpoint was a {policy[IN_MEMORY]} in memory, which a checkpoint does not hold: "
+            "hand over one, with the weights that training began with, by load_from_checkpoint(path, policy=model)."
+        )
+    return from_plain(policy, PolicySpec)
+
+
+def _recorded(recipe: PolicyRecipe) -> Any:
+    return {IN_MEMORY: type(recipe.model).__name__} if isinstance(recipe, InMemory) else recipe
 
 
 def _leave_out(module: PolicyModule, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,9 @@ from dpo_lightning.batch import Batch, Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.metrics import PreferenceMetrics
+from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import score
-from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.referenced import ReferencedModule
-from dpo_lightning.modules.steps import data_ranks
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Reference
 
@@ -44,7 +44,7 @@ class DPOModule(ReferencedModule):
     """Direct preference optimisation and its family: which member is the loss's choice.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         loss: The objective, such as DPOLoss.
         reference: Where reference log-probabilities come from; a FrozenCopy of the policy unless named.
         **optimization: Learning rate and schedule, as in PolicyModule.
@@ -54,7 +54,7 @@ class DPOModule(ReferencedModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
+        policy: AnyPolicy,
         loss: PreferenceLoss,
         reference: Reference | None = None,
         **optimization: Any,
@@ -118,12 +118,29 @@ class DPOModule(ReferencedModule):
     def summed_loss(self, stage: str, piece: PreferenceBatch) -> Tensor:
         """Sum of the losses of some examples."""
         policy, reference = self.scores(piece)
+        if stage == "fit":
+            self._guard.note_scores(piece.row, policy.total, None if reference is None else reference.total)
         sums = self._sums(policy, reference, add=stage == "fit")
-        loss = self._losses(policy, reference, sums)
+        loss = self._losses(policy, reference, sums) + self.auxiliary_losses(stage, piece, policy, reference)
         with torch.no_grad():
             parts = self.loss.parts(policy, reference, sums)
             self.metric(stage).update(loss, self.loss.rewards(policy, reference), policy, parts)
         return loss.sum()
+
+    def auxiliary_losses(
+        self, stage: str, piece: PreferenceBatch, policy: Logps, reference: Logps | None
+    ) -> Tensor | float:
+        """What a subclass adds to the losses of some examples, shape ``(B,)``.
+
+        Since it is a loss of each example, the mean over pieces, accumulated batches and ranks is right by itself.
+
+        Args:
+            stage: fit, validate or test.
+            piece: The examples.
+            policy: What the policy says of them, with gradients.
+            reference: What the reference says; None where the loss needs none.
+        """
+        return 0.0
 
     def predict_step(self, batch: Batch, batch_idx: int) -> ScoredResponses:
         """Implicit reward of every response: a trained policy is a reward model."""
@@ -165,8 +182,7 @@ class DPOModule(ReferencedModule):
         if add:
             with torch.no_grad():
                 new = self.loss.sums(policy, reference).float()
-            total = self.trainer.strategy.reduce(new, reduce_op="sum")
-            self._loss_sums = self._loss_sums + total * (data_ranks(self.trainer) / self.trainer.world_size)
+            self._loss_sums = self._loss_sums + self.over_ranks(new, "sum")
         return self._loss_sums
 
     def _check_pieces(self) -> None:
@@ -192,10 +208,10 @@ class DPOModule(ReferencedModule):
         self.policy.eval()  # dropout, where it is kept, is no difference between the models
         differences, losses = zip(*map(self._compared, self.pieces(batch)), strict=True)
         self.policy.train()
-        reduce = self.trainer.strategy.reduce  # all ranks come to the same verdict
-        difference = reduce(torch.stack(differences).max(), reduce_op="max").item()
-        total, count = torch.cat(losses).sum(), torch.tensor(sum(map(len, losses)), device=self.device)
-        loss = (reduce(total, reduce_op="sum") / reduce(count, reduce_op="sum")).item()
+        # All ranks come to the same verdict.
+        difference = self.over_ranks(torch.stack(differences).max().nan_to_num(nan=math.inf), "max").item()
+        total, count = torch.cat(losses).sum(), torch.tensor(float(sum(map(len, losses))), device=self.device)
+        loss = (self.over_ranks(total, "sum") / self.over_ranks(count, "sum")).item()
         if not self.reference.is_initial_policy or self._holds_trained_weights:
             log.info(f"First batch: loss {loss:.4f}, largest |log pi - log pi_ref| {difference:.4f} nats.")
         elif not difference <= self._rounding():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from dpo_lightning.models.shard import local
 
 CLOSE_TO_ZERO = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-def gradients_of(weights: Iterable[Tensor]) -> list[Tensor]:
-    """Those that there are."""
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Those that it has."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
     return [weight.grad for weight in weights if weight.grad is not None]
 
 
@@ -27,14 +29,15 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     by_mesh: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(of_one) for of_one in by_mesh.values()]
+    norms = [torch.nn.utils.get_total_norm(of_one).float() for of_one in by_mesh.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole)
 
 
-def clip_by_norm(gradients: Sequence[Tensor], most: float) -> None:
-    """Scale gradients so that their norm is at most so much."""
-    scale(gradients, (most / (total_norm(gradients) + CLOSE_TO_ZERO)).clamp(max=1.0))
+def clip_by_norm(gradients: Sequence[Tensor], most: float, norm: Tensor) -> None:
+    """Scale gradients so that their norm, which is given, becomes at most so much."""
+    factor = (most / (norm + CLOSE_TO_ZERO)).clamp(max=1.0)  # stays on the device
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
 
 
 def clip_by_value(gradients: Sequence[Tensor], most: float) -> None:
@@ -42,8 +45,3 @@ def clip_by_value(gradients: Sequence[Tensor], most: float) -> None:
     parts = [local(gradient) for gradient in gradients]
     torch._foreach_clamp_min_(parts, -most)
     torch._foreach_clamp_max_(parts, most)
-
-
-def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all by a number that stays on the device."""
-    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)

@@ -9,8 +9,8 @@ import torch
 
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
+from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import CausalPolicy
-from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel, Run
@@ -26,14 +26,14 @@ class ReferencedModule(PolicyModule):
     """A policy, and where a subclass needs it a reference.
 
     Args:
-        policy: The model and how it is loaded.
+        policy: The model and how it is loaded; in Python also a model in memory, which is then trained.
         reference: Where reference log-probabilities come from; a FrozenCopy of the policy unless named.
         **optimization: Learning rate and schedule, as in PolicyModule.
     """
 
     reference_policy: ReferenceModel | None
 
-    def __init__(self, policy: PolicySpec, reference: Reference | None = None, **optimization: Any) -> None:
+    def __init__(self, policy: AnyPolicy, reference: Reference | None = None, **optimization: Any) -> None:
         super().__init__(policy, **optimization)
         self.reference = from_plain(reference or FrozenCopy(), Reference)  # type: ignore[type-abstract]
         self.reference_policy = None
@@ -111,8 +111,10 @@ class ReferencedModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         if any(name.startswith(REFERENCE) for name in checkpoint["state_dict"]):
             self._build_reference()  # its weights are to be loaded too
-        self._holds_trained_weights = True
         self._expected_fingerprint = checkpoint.get(FINGERPRINT)
+        if not self.spec.can_be_rebuilt:
+            self._build_reference()  # now or never: in a moment the initial weights are gone
+        self._holds_trained_weights = True
         if self.reference_policy is not None:
             self._compare_fingerprint()
 
@@ -158,7 +160,14 @@ class ReferencedModule(PolicyModule):
 
     def _initial_policy(self) -> CausalPolicy:
         assert self.policy is not None
-        return self.load(self.spec) if self._holds_trained_weights else self.policy
+        if not self._holds_trained_weights:
+            return self.policy
+        if not self.spec.can_be_rebuilt:
+            raise UsageError(
+                f"The weights that training of {self.spec.origin} began with are gone, and {self.reference} asks for "
+                "them again. Give them as a folder, by the reference's `path`."
+            )
+        return self.load(self.spec)
 
     def _compare_fingerprint(self) -> None:
         assert self.reference_policy is not None
@@ -167,7 +176,7 @@ class ReferencedModule(PolicyModule):
             return
         message = (
             f"The reference that this checkpoint was trained against is not the one found now ({self.reference}, "
-            f"policy {self.spec.path}): its weights have another fingerprint."
+            f"policy {self.spec.origin}): its weights have another fingerprint."
         )
         if not self.reference.is_initial_policy:
             log.warning(message)
@@ -175,5 +184,5 @@ class ReferencedModule(PolicyModule):
         raise UsageError(
             f"{message} It was a copy of weights in memory or of weights that have changed since; a checkpoint does "
             "not hold it. Give it as `reference=FrozenCopy(path=...)`, the folder of the weights that training began "
-            "with."
+            "with; or hand over the policy in memory with the weights that it had then."
         )

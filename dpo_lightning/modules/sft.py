@@ -25,7 +25,7 @@ class SFTModule(PolicyModule):
         if share is not None:
             return share
         tokens = torch.stack([piece.length.sum() for piece in batch.pieces]).sum()
-        return self.trainer.strategy.reduce(tokens.float(), reduce_op="mean")
+        return self.over_ranks(tokens.float(), "mean")
 
     def summed_loss(self, stage: str, piece: PreferenceBatch) -> Tensor:
         """Negative log-likelihood of the response tokens, in nats."""
@@ -35,6 +35,8 @@ class SFTModule(PolicyModule):
                 "`data.init_args.num_responses: 1`."
             )
         policy = self(piece)
+        if stage == "fit":
+            self._guard.note_scores(piece.row, policy.total, None)
         self.metric(stage).update(policy)
         return -policy.total.sum()
 

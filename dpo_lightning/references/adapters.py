@@ -13,8 +13,8 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import REFERENCE, TRAINED, adapter_weights, as_reference, copy_adapter
 from dpo_lightning.models.fingerprint import digest_of
+from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
-from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel
 
 
@@ -31,17 +31,18 @@ class AdaptersOff(Reference):
         """True: a new adapter changes nothing until it is trained."""
         return True
 
-    def check(self, spec: PolicySpec) -> None:
+    def check(self, spec: PolicyRecipe) -> None:
         """There must be adapters."""
-        if spec.lora is None:
+        if not spec.has_adapters:
             raise UsageError(
-                "AdaptersOff needs a policy with adapters, `policy.lora`; with all weights use FrozenCopy."
+                "AdaptersOff needs a policy with adapters, `policy.lora`; to a Hugging Face model in memory add one by "
+                "`model.add_adapter`, under its default name. With all weights use FrozenCopy."
             )
 
     def build(self, found: Circumstances) -> AdapterReference:
         """The policy itself, seen without what is trained."""
         self.check(found.spec)
-        if found.spec.lora is not None and found.spec.lora.path is not None:
+        if found.spec.has_trained_adapter:
             add_reference_adapter(found)
         return AdapterReference(found.policy)
 

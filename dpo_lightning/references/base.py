@@ -16,15 +16,15 @@ from transformers import Conv1D, PreTrainedModel
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.fingerprint import fingerprint
-from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.in_memory import PolicyRecipe
+from dpo_lightning.models.policy import CausalPolicy, LogitsPolicy
 from dpo_lightning.models.shard import compile_layers, is_sharded
-from dpo_lightning.models.spec import PolicySpec
 
 
 class Loader(Protocol):
     """Builds models."""
 
-    def __call__(self, spec: PolicySpec, weights: CausalPolicy | None = None) -> CausalPolicy:
+    def __call__(self, spec: PolicyRecipe, weights: CausalPolicy | None = None) -> CausalPolicy:
         """A model by its recipe, with the weights of another of the same recipe, if one is given."""
 
 
@@ -42,7 +42,7 @@ class Circumstances(NamedTuple):
         autocast: Dtype of matrix products where they run in another than that of the weights.
     """
 
-    spec: PolicySpec
+    spec: PolicyRecipe
     policy: CausalPolicy
     initial: Callable[[], CausalPolicy]
     load: Loader
@@ -78,7 +78,7 @@ class Reference(ABC):
     def is_initial_policy(self) -> bool:
         """Whether the reference is the policy as training found it, so that all margins start at 0."""
 
-    def check(self, spec: PolicySpec) -> None:  # noqa: B027  (nothing to check is a fine answer)
+    def check(self, spec: PolicyRecipe) -> None:  # noqa: B027  (nothing to check is a fine answer)
         """Raise a UsageError where :meth:`build` is bound to fail; cheap."""
 
     @abstractmethod
@@ -155,10 +155,10 @@ class FrozenPolicy(ReferenceModel):
         self.train(False)
         self.fingerprint = fingerprint(self)
         self._autocast = None if is_sharded(policy) else autocast
-        if self._autocast is not None:
-            narrow_linear_layers(policy.model, self._autocast)
-        elif autocast is not None:
+        if is_sharded(policy) and autocast is not None:
             policy.to(autocast)
+        elif autocast is not None and not isinstance(policy, LogitsPolicy):  # who may read weights in ways of its own
+            narrow_linear_layers(policy.model, autocast)
 
     @torch.no_grad()
     def forward(self, batch: PreferenceBatch) -> Logps:

@@ -19,8 +19,8 @@ from torch import Tensor
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.fingerprint import fingerprint
+from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
-from dpo_lightning.models.spec import PolicySpec, at
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel, Run, Scorable
 
 MARK = b"dpo_lightning_reference"
@@ -53,17 +53,17 @@ class Cached(Reference):
         """True without a path."""
         return self.path is None
 
-    def check(self, spec: PolicySpec) -> None:
+    def check(self, spec: PolicyRecipe) -> None:
         """A named model must exist."""
         if self.path is not None:
-            at(spec, self.path, self.revision).load_config()
+            spec.at(self.path, self.revision).load_config()
 
     def build(self, found: Circumstances) -> CachedReference:
         """What is in the folder for these weights."""
         folder = Path(self.dir).expanduser()
 
         def scorer() -> CausalPolicy:
-            return found.initial() if self.path is None else found.load(at(found.spec, self.path, self.revision))
+            return found.initial() if self.path is None else found.load(found.spec.at(self.path, self.revision))
 
         if found.expected is not None and (folder / found.expected).is_dir():
             return CachedReference(folder / found.expected, scorer)

@@ -12,9 +12,10 @@ from torch import nn
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
+from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy, score
 from dpo_lightning.models.shard import is_sharded
-from dpo_lightning.models.spec import PolicySpec, at
+from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.references.base import Circumstances, FrozenPolicy, Reference, ReferenceModel
 
 
@@ -41,7 +42,7 @@ class FrozenCopy(Reference):
         """True for the policy itself in its own precision."""
         return self.path is None and self.dtype is None and self.quantize is None
 
-    def check(self, spec: PolicySpec) -> None:
+    def check(self, spec: PolicyRecipe) -> None:
         """A named model must exist."""
         if self.offload and spec.compile:
             raise UsageError(
@@ -63,8 +64,13 @@ class FrozenCopy(Reference):
             raise UsageError("`reference.offload`: weights that are divided among devices stay there; leave it out.")
         return OffloadedPolicy(policy, found.device) if self.offload else FrozenPolicy(policy, found.autocast)
 
-    def _spec(self, spec: PolicySpec) -> PolicySpec:
-        spec = spec if self.path is None else at(spec, self.path, self.revision)
+    def _spec(self, recipe: PolicyRecipe) -> PolicySpec:
+        spec = recipe if self.path is None else recipe.at(self.path, self.revision)
+        if not isinstance(spec, PolicySpec):
+            raise UsageError(
+                "`reference.quantize` loads the policy's weights anew, which of one in memory cannot be done: name "
+                "them by `reference.path`."
+            )
         spec = spec if self.dtype is None else dataclasses.replace(spec, dtype=self.dtype)
         return spec if self.quantize is None else dataclasses.replace(spec, quantize=self.quantize)
 
@@ -97,8 +103,9 @@ class OffloadedPolicy(ReferenceModel):
     def outputs(self, batch: PreferenceBatch) -> Outputs:
         """Hidden states and output head without gradients."""
         outputs = self._frozen[0].outputs(batch)
-        bias = None if outputs.bias is None else outputs.bias.to(self._device)
-        return outputs._replace(weight=outputs.weight.to(self._device), bias=bias)
+        head = (outputs.weight, outputs.bias)
+        weight, bias = (None if part is None else part.to(self._device) for part in head)
+        return outputs._replace(weight=weight, bias=bias)
 
 
 def _visit(module: nn.Module, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from dpo_lightning import DPOModule, SFTModule
 from dpo_lightning.callbacks import ProgressBar
 from dpo_lightning.losses import BCOPairLoss, DPOLoss, TDPO2Loss, WPOLoss
 from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.modules import guard
 from dpo_lightning.references import AdaptersOff, Cached, Synced
 
 ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -90,3 +91,14 @@ def test_batches_in_pieces_make_no_step_wait(tiny_llama, tmp_path, cls):
     module = small_runs.module(tiny_llama, cls=cls)
     _, *others = watched(tiny_llama, tmp_path, module, micro_batch_tokens=60, num_responses=responses)
     assert [asked for step, asked in enumerate(others, start=2) if step != 4] == [[], [], [], []]
+
+
+def test_a_step_is_read_when_the_device_has_been_given_the_next_one(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "reads_late", lambda norm, optimizer: guard.takes_flag(optimizer))
+    events = []
+    for cls, name in ((guard.Number, "read"), (DPOModule, "backward")):
+        method = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *args, name=name, method=method: events.append(name) or method(*args))
+    asked = watched(tiny_llama, tmp_path, small_runs.module(tiny_llama), train=24)
+    assert events == ["backward", *["backward", "read"] * 5, "read"]
+    assert [places for step, places in enumerate(asked, start=1) if step not in (1, 4)] == [[], [], [], []]
