@@ -24,6 +24,7 @@ from dpo_lightning.modules.gradients import total_norm
 from dpo_lightning.modules.steps import PiecewiseModule
 
 ROWS_SHOWN, RATIOS_SHOWN = 64, 5
+CPU = torch.device("cpu")
 
 
 class NonFinite(UsageError):
@@ -311,7 +312,7 @@ def _plain(run: Run, step: int, window: Sequence[Trace], norm: float) -> dict[st
         "batches": [
             {
                 "loss": None if trace.loss is None else trace.loss.item() * run.accumulate,
-                "pieces": [_moved(piece, torch.device("cpu"))._asdict() for piece in trace.batch.pieces],
+                "pieces": [_moved(piece._replace(window=None), CPU)._asdict() for piece in trace.batch.pieces],
                 "scores": [
                     {name: None if part is None else part.cpu() for name, part in scores._asdict().items()}
                     for scores in trace.scores
