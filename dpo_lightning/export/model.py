@@ -62,9 +62,7 @@ class Trained:
 def outline(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model of a config without storage."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def save_policy(
@@ -137,7 +135,7 @@ def _write_whole(trained: Trained, folder: Path, max_shard_size: str, writes: bo
     write_weights(folder, model, steps, weights, max_shard_size, writes)
     if writes:
         if model.is_remote_code():
-            custom_object_save(model, folder, config=model.config)
+            custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
         model.config.dtype, model.config.architectures = trained.dtype, [type(model).__name__]
         model.config.save_pretrained(folder)
         # Not `save_pretrained`, which refuses some that model makers publish.

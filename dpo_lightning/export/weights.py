@@ -75,7 +75,7 @@ def in_shards(folder: Path) -> Weights:
     Raises:
         pickle.UnpicklingError: If its list of contents is none.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     contents = _contents(folder)
@@ -95,7 +95,7 @@ def in_shards(folder: Path) -> Weights:
 
 
 def _from_shards(reader: Any, name: str, entry: Any) -> Tensor:
-    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
     with warnings.catch_warnings():

@@ -20,7 +20,9 @@ from dpo_lightning.export.weights import Weights
 from dpo_lightning.models.adapters import Step
 
 INDEX = "model.safetensors.index.json"
-STALE = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json")
+STALE = re.compile(
+    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
 TEMPORARY = ".tmp"
 
 
@@ -50,13 +52,19 @@ def write_weights(
             held = _held(group, weights, dtypes, writes and failure is None)
             try:
                 files.add(revert_weight_conversion(outline, held))
-            except (OSError, SafetensorError) as error:  # a disk that is full; the other ranks still need this one to gather theirs
+            except (
+                OSError,
+                SafetensorError,
+            ) as error:  # a disk that is full; the other ranks still need this one to gather theirs
                 failure = error
         if failure is not None:
             raise UsageError(f"Cannot write to {folder}: {failure}") from failure
         if writes:
             parameters = sum(tensor.numel() for tensor in tensors.values())
-            index = {"metadata": {"total_parameters": parameters, **split.metadata}, "weight_map": split.tensor_to_filename}
+            index = {
+                "metadata": {"total_parameters": parameters, **split.metadata},
+                "weight_map": split.tensor_to_filename,
+            }
             files.finish(index if split.is_sharded else None)
     finally:
         files.discard()
@@ -92,9 +100,7 @@ def _by_layer(steps: Iterable[Step]) -> list[list[Step]]:
     return list(groups.values())
 
 
-def _held(
-    group: list[Step], weights: Weights, dtypes: Mapping[str, torch.dtype], wanted: bool
-) -> dict[str, Tensor]:
+def _held(group: list[Step], weights: Weights, dtypes: Mapping[str, torch.dtype], wanted: bool) -> dict[str, Tensor]:
     """What a model holds of a group; every rank reads, in the same order."""
     held = dict[str, Tensor]()
     for step in group:

@@ -172,7 +172,7 @@ def merging_steps(model: PreTrainedModel) -> Iterator[Step]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found = {n: part for n, part in model.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))}
+    found: dict[str, Any] = {n: part for n, part in model.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))}
     outermost = {n: part for n, part in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     for name, part in outermost.items():
         if isinstance(part, BaseTunerLayer):
@@ -196,7 +196,9 @@ def _merge(outline: nn.Module, prefix: str, weights: Mapping[str, Tensor]) -> di
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer: Any = copy.deepcopy(outline)
-    wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True) for name, weight in weights.items()}
+    wide = {
+        name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True) for name, weight in weights.items()
+    }
     layer.load_state_dict({name.removeprefix(prefix): weight for name, weight in wide.items()}, assign=True)
     for part in layer.modules():
         if isinstance(part, BaseTunerLayer):

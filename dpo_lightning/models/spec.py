@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.adapters import LoRA
