@@ -136,7 +136,7 @@ def export(args: list[str]) -> None:
     """`dpo-lightning export CHECKPOINT FOLDER`."""
     from dpo_lightning.export import export as convert
 
-    parser = ArgumentParser(prog="dpo-lightning export", description=inspect.getdoc(convert).partition("\n\n")[0])  # type: ignore[union-attr]
+    parser = ArgumentParser(prog="dpo-lightning export")
     parser.add_function_arguments(convert, as_positional=True, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="Write into a folder that is not empty.")
     arguments = parser.parse_args(args)

@@ -19,6 +19,7 @@ from dpo_lightning.paths import PACKAGE, resolve
 from dpo_lightning.recipes import from_plain
 
 PACKAGES = ("dpo-lightning", "torch", "lightning", "transformers", "peft")
+LOCAL = (".", "/", "~")  # how paths begin
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -56,7 +57,7 @@ def model_card(record: Mapping[str, Any], data: Mapping[str, Any], *, base: str,
 
 def _summary(name: str, record: Mapping[str, Any], alone: bool) -> str:
     module = _own(record).get("module")
-    by = f" by its `{module}`" if module else ""
+    by = f" by `{module}`" if module else ""
     what = f"Adapters for `{name}`" if alone else f"`{name}`"
     return f"{what}, trained with dpo_lightning (PyTorch Lightning modules for preference optimisation){by}."
 
@@ -133,12 +134,12 @@ def _used_packages(alone: bool) -> Iterator[str]:
 
 
 def _is_on_hub(path: str) -> bool:
-    local = path.startswith((PACKAGE, ".", "/", "~")) or path.count("/") > 1
+    local = path.startswith((PACKAGE, *LOCAL)) or path.count("/") > 1
     return not local and not Path(resolve(path)).exists()
 
 
 def _name(base: str) -> str:
-    """A hub name, or the last part of a path: where it lies on someone's machine is nobody's business."""
+    """A hub name, or the last part of a path."""
     return base if _is_on_hub(base) else PurePath(base.removeprefix(PACKAGE)).name
 
 
@@ -186,7 +187,8 @@ def _shown(value: Any) -> str:
         return f"{value['class_path'].rpartition('.')[2]}({inside})"
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
-    return repr(value)
+    # Where things lie on someone's machine is nobody's business.
+    return repr(PurePath(value).name if isinstance(value, str) and value.startswith(LOCAL) else value)
 
 
 def _cell(value: str | int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +43,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         if isinstance(error, UsageError):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UsageError(
-            f"{path} is no checkpoint that can be read: {reason or type(error).__name__}. Give a .ckpt file that a "
-            "Trainer wrote, or the folder of a sharded one; a file may be damaged where a run was killed in writing it."
+            f"{path} cannot be read: {reason or type(error).__name__}. Take another checkpoint."
         ) from error
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
     if "policy" not in record.get("hyper_parameters", {}) or not weights:
@@ -54,6 +54,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_file(path: Path) -> tuple[dict[str, Any], Weights]:
+    if not zipfile.is_zipfile(path):
+        raise UsageError(
+            f"{path} is no checkpoint: either no Trainer wrote it, or it is cut short, as where a run was killed in "
+            "writing it. Give a .ckpt file, or the folder of a sharded checkpoint."
+        )
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError("it holds no state_dict")

@@ -172,18 +172,20 @@ def merging_steps(model: PreTrainedModel) -> Iterator[Step]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found: dict[str, Any] = {n: part for n, part in model.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))}
+    found: dict[str, Any] = {
+        n: part for n, part in model.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
     outermost = {n: part for n, part in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     for name, part in outermost.items():
-        if isinstance(part, BaseTunerLayer):
-            outputs = tuple(f"{name}.{key}" for key in part.get_base_layer().state_dict())
-            inputs = tuple(f"{name}.{key}" for key in part.state_dict())
-            yield Step(outputs, inputs, functools.partial(_merge, part, f"{name}."))
-        else:
+        if isinstance(part, ModulesToSaveWrapper):
             keys = part.modules_to_save[TRAINED].state_dict()
             outputs = tuple(f"{name}.{key}" for key in keys)
             inputs = tuple(f"{name}.modules_to_save.{TRAINED}.{key}" for key in keys)
             yield Step(outputs, inputs, functools.partial(_renamed, dict(zip(inputs, outputs, strict=True))))
+        else:
+            outputs = tuple(f"{name}.{key}" for key in part.get_base_layer().state_dict())
+            inputs = tuple(f"{name}.{key}" for key in part.state_dict())
+            yield Step(outputs, inputs, functools.partial(_merge, part, f"{name}."))
     below = tuple(f"{name}." for name in outermost)
     for key in model.state_dict():
         if not key.startswith(below):
