@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from dpo_lightning.export.writing import TEMPORARY, remove_stale, write_weights
 from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, merging_steps, outline_adapter
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.paths import resolve
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
     settings = copy.deepcopy(model.peft_config[TRAINED])
     if hasattr(settings, "init_lora_weights"):
         settings.init_lora_weights = trained.settings.init_lora_weights
-    settings.base_model_name_or_path, settings.inference_mode = trained.path, True
+    settings.base_model_name_or_path, settings.inference_mode = resolve(trained.path), True
     settings.save_pretrained(folder)
     (folder / f"{ADAPTER}{TEMPORARY}").replace(folder / ADAPTER)
 
@@ -231,8 +233,6 @@ def _loaded(spec: PolicySpec) -> Weights:
 
 def weight_files(spec: PolicySpec) -> Iterator[Path]:
     """The safetensors files of a model; none where it has others."""
-    import json
-
     index = spec.file("model.safetensors.index.json")
     names = ["model.safetensors"]
     if index is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,7 +217,7 @@ def below_adapters(model: nn.Module) -> dict[str, str]:
     """Weights that are no adapter's, by their names in a model with adapters; their names in the plain model."""
     adapters = {name for adapter in (TRAINED, REFERENCE) for name in _of_adapter(model.state_dict(), adapter)}
     names = (name for name in model.state_dict() if name not in adapters)
-    return {name: name.replace(".base_layer.", ".").replace(".original_module.", ".") for name in names}
+    return {name: re.sub(r"(\.base_layer|\.original_module)+\.", ".", name) for name in names}
 
 
 @torch.no_grad()
