@@ -87,11 +87,8 @@ def _method(settings: Mapping[str, Any], record: Mapping[str, Any], alone: bool)
 def _data(data: Mapping[str, Any]) -> str:
     columns = ("split", "source", "read", "rows", "kept")
     rows = [f"| {' | '.join(_cell(source[column]) for column in columns)} |" for source in data.get("sources", [])]
-    parts = (
-        ["\n".join(["| split | source | read as | rows | examples kept |", "|---|---|---|--:|--:|", *rows])]
-        if rows
-        else []
-    )
+    head = ["| split | source | read as | rows | examples kept |", "|---|---|---|--:|--:|"]
+    parts = ["\n".join([*head, *rows])] if rows else []
     if data.get("chat_template"):
         parts.append("Messages were written by the chat template that lies with the tokenizer.")
     if variables := data.get("chat_variables"):
@@ -109,19 +106,14 @@ def _validation(record: Mapping[str, Any]) -> str:
 
 def _use(base: str, alone: bool) -> str:
     head = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    lines = [
-        head,
-        "",
-        'folder = "."  # this folder, or its name on the hub',
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-    ]
+    place = 'folder = "."  # this folder, or its name on the hub'
+    model = "model = AutoModelForCausalLM.from_pretrained(folder)"
     if alone:
-        lines = ["from peft import PeftModel", *lines[:-1]]
-        lines += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            "model = PeftModel.from_pretrained(base, folder)",
-        ]
-    return "\n".join(["```python", *lines, "tokenizer = AutoTokenizer.from_pretrained(folder)", "```"])
+        head = f"from peft import PeftModel\n{head}"
+        model = (
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, folder)'
+        )
+    return "\n".join(["```python", head, "", place, model, "tokenizer = AutoTokenizer.from_pretrained(folder)", "```"])
 
 
 def _own(record: Mapping[str, Any]) -> Mapping[str, Any]:

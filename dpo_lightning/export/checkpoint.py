@@ -48,7 +48,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} cannot be read: {reason or type(error).__name__}. Take another checkpoint."
         ) from error
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
-    if "policy" not in record.get("hyper_parameters", {}) or not weights:
+    policy = record.get("hyper_parameters", {}).get("policy")
+    if not (isinstance(policy, dict) and "init_args" in policy and weights):
         raise UsageError(f"{path} was not saved by a module of this package: it holds no policy.")
     return Checkpoint(record, weights)
 

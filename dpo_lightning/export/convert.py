@@ -56,6 +56,8 @@ def export(
         raise UsageError(f"{folder} is a file; name a folder.")
     if not overwrite and target.exists() and any(target.iterdir()):
         raise UsageError(f"The folder {folder} is not empty; name another, or say --overwrite.")
+    if dtype is not None and adapter == "save":
+        raise UsageError("--dtype is of a whole model, --adapter save writes adapters as they were trained; say one.")
     found = open_checkpoint(Path(checkpoint))
     spec = _spec(found, base)
     tokenizer = spec.load_tokenizer()  # what may be missing is found out before anything is written

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -19,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.export.weights import Stored, Weights, in_memory, in_safetensors, is_sharded
-from dpo_lightning.export.writing import TEMPORARY, remove_stale, write_weights
+from dpo_lightning.export.writing import put_in_place, remove_stale, save_temporarily, write_weights
 from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, merging_steps, outline_adapter
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
@@ -113,8 +112,6 @@ def save_policy(
 
 def write(trained: Trained, folder: Path, *, adapter: Adapter, max_shard_size: str, writes: bool = True) -> None:
     """Write a whole model, or an adapter alone where there is one and that is asked for."""
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
     if trained.settings is not None and adapter == "save":
         _write_adapter(trained, folder, writes)
     else:
@@ -185,14 +182,14 @@ def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
         return
     found = model.get_adapter_state_dict(TRAINED, state_dict=tensors)
     content = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()}
-    save_file(content, folder / f"{ADAPTER}{TEMPORARY}", metadata={"format": "pt"})
+    save_temporarily(content, folder / ADAPTER)
     remove_stale(folder)
     settings = copy.deepcopy(model.peft_config[TRAINED])
     if hasattr(settings, "init_lora_weights"):
         settings.init_lora_weights = trained.settings.init_lora_weights
     settings.base_model_name_or_path, settings.inference_mode = resolve(trained.path), True
     settings.save_pretrained(folder)
-    (folder / f"{ADAPTER}{TEMPORARY}").replace(folder / ADAPTER)
+    put_in_place(folder / ADAPTER)
 
 
 def base_weights(spec: PolicySpec, config: PretrainedConfig, settings: Any) -> Weights:

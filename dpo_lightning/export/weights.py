@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dpo_lightning.errors import UsageError
+
 MARK = ".metadata"  # the list of contents of a sharded checkpoint
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -95,12 +97,17 @@ def in_shards(folder: Path) -> Weights:
 
 
 def _from_shards(reader: Any, name: str, entry: Any) -> Tensor:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of not being one of several processes
-        load(found, storage_reader=reader, no_dist=True)
+        try:
+            load(found, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise UsageError(f"{reader.path}: {name} cannot be read: {reason}. Take another checkpoint.") from error
     return found[name]
 
 

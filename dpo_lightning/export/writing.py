@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from dpo_lightning.models.adapters import Step
 
 INDEX = "model.safetensors.index.json"
 STALE = re.compile(
-    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(adapter_|generation_)?config\.json"
 )
-TEMPORARY = ".tmp"
 
 
 def write_weights(
@@ -46,19 +47,16 @@ def write_weights(
         raise UsageError(f"`max_shard_size` is a number with KB, MB, GB or TB, got {max_shard_size!r}.") from error
     files = _Files(folder, split.filename_to_tensors)
     dtypes = {name: tensor.dtype for name, tensor in outline.state_dict().items()}
-    failure: Exception | None = None
+    failure: UsageError | None = None
     try:
         for group in groups:
             held = _held(group, weights, dtypes, writes and failure is None)
             try:
                 files.add(revert_weight_conversion(outline, held))
-            except (
-                OSError,
-                SafetensorError,
-            ) as error:  # a disk that is full; the other ranks still need this one to gather theirs
-                failure = error
+            except UsageError as error:
+                failure = error  # for later: other ranks need this one until everything is gathered
         if failure is not None:
-            raise UsageError(f"Cannot write to {folder}: {failure}") from failure
+            raise failure
         if writes:
             parameters = sum(tensor.numel() for tensor in tensors.values())
             index = {
@@ -122,8 +120,8 @@ class _Files:
         self.pending |= tensors
         for file in list(self._complete()):
             content = {name: self.pending.pop(name).contiguous() for name in self.names.pop(file)}
+            save_temporarily(content, self.folder / file)
             self.written.append(file)
-            save_file(content, self.folder / f"{file}{TEMPORARY}", metadata={"format": "pt"})
 
     def _complete(self) -> Iterator[str]:
         return (file for file, names in self.names.items() if self.pending.keys() >= set(names))
@@ -133,20 +131,47 @@ class _Files:
         assert not self.names, f"tensors are missing: {self.names}"
         remove_stale(self.folder)
         for file in self.written:
-            (self.folder / f"{file}{TEMPORARY}").replace(self.folder / file)
+            put_in_place(self.folder / file)
         if index is not None:
             content = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self.folder / f"{INDEX}{TEMPORARY}").write_text(content, encoding="utf-8")
-            (self.folder / f"{INDEX}{TEMPORARY}").replace(self.folder / INDEX)
+            temporary(self.folder / INDEX).write_text(content, encoding="utf-8")
+            put_in_place(self.folder / INDEX)
 
     def discard(self) -> None:
         """Leave no half of a model behind."""
         for file in self.written:
-            (self.folder / f"{file}{TEMPORARY}").unlink(missing_ok=True)
+            temporary(self.folder / file).unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def put_in_place(path: Path) -> None:
+    """Give a file its name."""
+    temporary(path).replace(path)
+
+
+def save_temporarily(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file under its temporary name.
+
+    Raises:
+        UsageError: If that cannot be done; nothing is left of it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary(path), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary(path).unlink(missing_ok=True)
+        raise UsageError(
+            f"Cannot write {path}: {error}. Is there room on the disk, and may you write there?"
+        ) from error
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove weights of an earlier export, which transformers might read instead."""
+    """Remove the model of an earlier export, which transformers might read instead."""
     for path in folder.iterdir():
         if STALE.fullmatch(path.name):
             path.unlink()

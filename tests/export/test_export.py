@@ -54,6 +54,19 @@ def shard(dpo, folder):
     torch.save(record, folder / "meta.pt")
 
 
+def as_trained(dpo, path):
+    """A module whose weights are such as training might leave, and a checkpoint of it."""
+    dpo.configure_model()
+    with torch.no_grad():
+        for weight in dpo.policy.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    checkpoint = {"state_dict": dpo.state_dict(), "hyper_parameters": dict(dpo.hparams)}
+    dpo.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return dpo
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_llama, tmp_path_factory):
     """A function from a kind to a trained module and its checkpoint."""
@@ -173,10 +186,7 @@ def tied(tmp_path, tiny_llama):
     ids=["all weights", "adapters", "adapter on embeddings", "whole head"],
 )
 def test_tied_weights_are_written_once_unless_training_made_them_two(tied, tmp_path, lora, stays_tied):
-    trained = module(tied, lora=lora)
-    run = trainer(tmp_path, max_steps=4)
-    run.fit(trained, data(tied))
-    run.save_checkpoint(tmp_path / "run.ckpt")
+    trained = as_trained(module(tied, lora=lora), tmp_path / "run.ckpt")
     export(str(tmp_path / "run.ckpt"), str(tmp_path / "hf"))
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) is not stays_tied  # noqa: SIM118
@@ -186,10 +196,8 @@ def test_tied_weights_are_written_once_unless_training_made_them_two(tied, tmp_p
 
 
 def test_adapters_that_change_the_weights_below_them(tiny_llama, tmp_path):
-    trained = module(tiny_llama, lora=LoRA(rank=2, options={"init_lora_weights": "pissa"}))
-    run = trainer(tmp_path, max_steps=4)
-    run.fit(trained, data(tiny_llama))
-    run.save_checkpoint(tmp_path / "run.ckpt")
+    pissa = LoRA(rank=2, options={"init_lora_weights": "pissa"})
+    trained = as_trained(module(tiny_llama, lora=pissa), tmp_path / "run.ckpt")
     export(str(tmp_path / "run.ckpt"), str(tmp_path / "hf"))
     torch.testing.assert_close(logps(loaded(tmp_path / "hf")), logps(trained.policy.model), atol=2e-5, rtol=0)
 
@@ -213,14 +221,7 @@ def test_names_in_files_are_those_that_transformers_writes(
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
-    trained = module(tmp_path / "base", lora=lora)
-    trained.configure_model()
-    with torch.no_grad():
-        for weight in trained.policy.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight), alpha=0.05)
-    record = {"state_dict": trained.state_dict(), "hyper_parameters": dict(trained.hparams)}
-    torch.save(record, tmp_path / "run.ckpt")
+    trained = as_trained(module(tmp_path / "base", lora=lora), tmp_path / "run.ckpt")
     export(str(tmp_path / "run.ckpt"), str(tmp_path / "hf"))
     files = [safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("base", "hf")]
     assert {*files[0].keys()} == {*files[1].keys()}
@@ -369,6 +370,13 @@ def test_the_card_names_what_lies_on_a_hub(monkeypatch):
     assert not any(section in text for section in ("## Data", "## Validation", "Optimi", "Reference"))
 
 
+def test_a_shard_that_is_lost_is_named(runs, tmp_path):
+    shard(runs("full")[0], tmp_path / "sharded")
+    next((tmp_path / "sharded").glob("*.distcp")).unlink()
+    with pytest.raises(UsageError, match=r"sharded: state_dict\.policy.* cannot be read: .*No such file.*Take another"):
+        export(str(tmp_path / "sharded"), str(tmp_path / "hf"))
+
+
 @pytest.mark.parametrize("by", ["checkpoint", "callback"])
 def test_the_chat_template_of_the_run_is_exported(tiny_llama, tmp_path, by):
     template = tmp_path / "mine.jinja"
@@ -412,7 +420,7 @@ def test_nothing_is_left_of_what_cannot_be_written_and_the_model_before_it_stays
         save(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(writing, "save_file", full_disk)
-    with pytest.raises(UsageError, match=r"Cannot write to .*hf: .*No space left on device"):
+    with pytest.raises(UsageError, match=r"Cannot write .*model-00002.*No space left on device\. Is there room"):
         export(str(checkpoint), str(tmp_path / "hf"), max_shard_size="40KB", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
 
@@ -427,6 +435,7 @@ def test_an_earlier_model_is_replaced_when_asked_for(runs, tmp_path):
     assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
     export(str(checkpoint), str(folder), adapter="save", overwrite=True)
     assert not list(folder.glob("model*"))
+    assert not {"config.json", "generation_config.json"} & {path.name for path in folder.iterdir()}
     assert (folder / "adapter_model.safetensors").exists()
 
 
@@ -462,6 +471,11 @@ def spoil(kind, checkpoint, folder):
         del content["state_dict"]["policy.model.model.norm.weight"]
     elif kind == "no base":
         content["hyper_parameters"]["policy"]["init_args"]["path"] = "/nowhere/llama"
+    elif kind == "dtype of adapters":
+        options = {"dtype": "float16", "adapter": "save"}
+    elif kind == "no place":
+        (folder / "a file").touch()
+        options = {"folder": str(folder / "a file" / "hf")}
     elif kind == "size":
         options = {"max_shard_size": "big"}
     torch.save(content, path)
@@ -484,13 +498,15 @@ def spoil(kind, checkpoint, folder):
         ("foreign", r"bad\.ckpt was not saved by a module of this package: it holds no policy"),
         ("weights missing", r"1 weights of the model are missing, such as model\.norm\.weight"),
         ("no base", r"The model that training began with is not found: .*/nowhere/llama.*say --base where it is now"),
+        ("dtype of adapters", r"--dtype is of a whole model, --adapter save writes adapters as they were trained"),
+        ("no place", r"Cannot write .*a file/hf/model\.safetensors: .*may you write there"),
         ("size", r"`max_shard_size` is a number with KB, MB, GB or TB, got 'big'"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_words(runs, tmp_path, capfd, kind, message):
     bad, options = spoil(kind, runs("full")[1], tmp_path)
     with pytest.raises(UsageError, match=message):
-        export(str(bad), str(tmp_path / "hf"), **options)
+        export(str(bad), **{"folder": str(tmp_path / "hf"), **options})
     assert not list(tmp_path.glob("hf/*"))
     assert "run" not in capfd.readouterr().out.split()
 
@@ -560,6 +576,13 @@ def test_the_commands_of_the_page_do_what_it_says(runs, tiny_llama, tmp_path, mo
     assert loaded("my_model_bf16").dtype == torch.bfloat16
     assert Path("my_adapter/adapter_model.safetensors").exists()
     torch.testing.assert_close(logps(loaded("my_merged_model")), logps(runs("lora")[0].policy.model), atol=1e-5, rtol=0)
+
+
+def test_help_names_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    with pytest.raises(SystemExit):
+        dpo_lightning.cli.run(["--help"])
+    assert "dpo-lightning export CHECKPOINT FOLDER" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_mistake_on_the_command_line_ends_with_its_message(tmp_path, monkeypatch, capsys):
