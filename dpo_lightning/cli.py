@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -124,10 +125,26 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
         trainer_defaults={"inference_mode": False},
         parser_class=Parser,
         parser_kwargs={
-            "description": "Preference optimisation of language models: DPO (arXiv:2305.18290) and its family."
+            "description": "Preference optimisation of language models: DPO (arXiv:2305.18290) and its family. What "
+            "became of it as a Hugging Face folder: dpo-lightning export CHECKPOINT FOLDER."
         },
         args=args,
     )
+
+
+def export(args: list[str]) -> None:
+    """`dpo-lightning export CHECKPOINT FOLDER`."""
+    from dpo_lightning.export import export as convert
+
+    parser = ArgumentParser(prog="dpo-lightning export")
+    parser.add_function_arguments(convert, as_positional=True, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="Write into a folder that is not empty.")
+    arguments = parser.parse_args(args)
+    convert(**vars(arguments))
+    print(f"Written: {arguments.folder}")
+
+
+TOOLS = {"export": export}  # commands that need no config
 
 
 def main() -> None:
@@ -144,8 +161,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     sys.path.append("")  # a user's own classes lie in the folder that the command is started from
+    command = TOOLS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
-        run()
+        if command is None:
+            run()
+        else:
+            command(sys.argv[2:])
     except Exception as error:
         mistake = _usage_error_in(error)
         if mistake is None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 
+from dpo_lightning.export import PROVENANCE, save_policy, write_companions
 from dpo_lightning.modules.base import PolicyModule
 
 
 class ExportHF(Callback):
-    """Save the policy and its tokenizer as a Hugging Face folder when training ends.
+    """Save the policy, its tokenizer and a model card as a Hugging Face folder when training ends.
 
     Args:
         dir: The folder; hf in the run's log folder unless given.
@@ -23,12 +24,22 @@ class ExportHF(Callback):
         self.written: Path | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        """Write the folder, on the first rank."""
+        """Write the folder, on the first rank; the others help to gather weights that are sharded."""
         assert pl_module.policy is not None
         # All ranks ask for the log folder, since the Trainer broadcasts it.
         folder = Path(self.dir) if self.dir else Path(trainer.log_dir or trainer.default_root_dir) / "hf"
-        if not trainer.is_global_zero:
+        writes = trainer.is_global_zero
+        save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes)
+        if not writes:
             return
-        pl_module.spec.save(pl_module.policy, folder, merge=self.adapter == "merge")
-        pl_module.spec.load_tokenizer().save_pretrained(folder)
+        data: Any = getattr(trainer, "datamodule", None)
+        record = {
+            "hyper_parameters": dict(pl_module.hparams),
+            "global_step": trainer.global_step,
+            PROVENANCE: pl_module.provenance(),
+            "data": {PROVENANCE: data.provenance()} if hasattr(data, PROVENANCE) else {},
+        }
+        alone = pl_module.spec.has_adapters and self.adapter == "save"
+        tokenizer = pl_module.spec.load_tokenizer()
+        write_companions(folder, tokenizer, record, base=pl_module.spec.path, alone=alone)
         self.written = folder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ from dpo_lightning.data.formats import Format
 from dpo_lightning.data.loader import GlobalBatchSampler, ResumableLoader
 from dpo_lightning.data.mixture import Mixture, as_parts
 from dpo_lightning.data.publish import publish
-from dpo_lightning.data.sources import Row, Source
+from dpo_lightning.data.report import DataReport
+from dpo_lightning.data.sources import HubDataset, Row, Source
 from dpo_lightning.data.stock import Stock
 from dpo_lightning.data.stream import ShuffledStream, StreamLoader, first_examples
 from dpo_lightning.data.tokenize import Tokenization
@@ -128,6 +131,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.examples, self.reports = self.stock.examples, self.stock.reports
         self.seed: int | None = None
+        self._chat_template: str | dict[str, str] | None = None
         self._loaders: list[ResumableLoader] = []
         if val is None and not val_fraction:
             # Without validation data this method is not defined, and the Trainer leaves validation out.
@@ -147,6 +151,8 @@ class PreferenceDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Take up what the stage needs, unless it was before; every report is given once."""
         stage = getattr(stage, "value", stage)  # the Trainer hands in an enum
+        if self.tokenization.chat.template is not None:  # read now, since its file may change
+            self._chat_template = self.tokenization.chat.source(self.tokenizer)
         if self.stock.take_up(self._needed(stage)) and self.trainer is not None:
             publish(self.reports, self.trainer)
 
@@ -235,9 +241,19 @@ class PreferenceDataModule(LightningDataModule):
         """Every example once, in order."""
         return self._loader("test", self.val_batch_size)
 
+    def provenance(self) -> dict[str, Any]:
+        """What a model card says of the data, as plain data: sources with counts, and a chat template if given."""
+        chat = self.tokenization.chat
+        sources: dict[str, Any] = {str(part.source): part.source for parts in self.sources.values() for part in parts}
+        return {
+            "sources": [_described(report, sources.get(report.source)) for report in self.reports],
+            "chat_template": self._chat_template,
+            "chat_variables": json.loads(json.dumps(dict(chat.variables), default=str)),
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """The seed of the order, which every later epoch needs."""
-        return {"seed": self.seed}
+        """The seed of the order, which every later epoch needs, and where the model's preferences come from."""
+        return {"seed": self.seed, "provenance": self.provenance()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the order of the run that is continued."""
@@ -363,6 +379,18 @@ class _Place(NamedTuple):
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+
+
+def _described(report: DataReport, source: Source | None) -> dict[str, Any]:
+    name, path = report.source, getattr(source, "path", None)
+    return {
+        "split": report.split,
+        "source": name if path is None else name.replace(path, PurePath(path).name),  # not where it lies
+        "dataset": source.name if isinstance(source, HubDataset) else None,
+        "read": report.format,
+        "rows": report.rows,
+        "kept": report.kept,
+    }
 
 
 def _say_what_runs_alone(split: str, sampler: GlobalBatchSampler) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_lightning.errors import UsageError
@@ -49,8 +51,8 @@ class LoRA:
     @property
     def begins_from_weights(self) -> bool:
         """Whether what an adapter begins with is computed from the weights below it."""
-        start = self.options.get("init_lora_weights")
-        return bool(self.options.get("use_dora")) or (isinstance(start, str) and start != "gaussian")
+        settings = self.settings()
+        return bool(getattr(settings, "use_dora", False)) or changes_base(settings)
 
     def add(self, model: PreTrainedModel) -> None:
         """Put the adapter into a model, where it alone is trained.
@@ -58,19 +60,14 @@ class LoRA:
         Raises:
             UsageError: If peft refuses the settings, or there is no such adapter.
         """
-        import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         model.requires_grad_(False)
-        try:
+        with _refusals_in_words():
             if self.path is not None:
                 _load_adapter(model, resolve(self.path))
             else:
-                settings = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-                targets = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
-                model.add_adapter(peft.LoraConfig(**{**settings, **targets, **self.options}), TRAINED)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise UsageError(f"`policy.lora`: peft does not take this: {error}") from error
+                model.add_adapter(self.settings(), TRAINED)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise UsageError(
                 "`policy.lora`: log-probabilities are computed in chunks from the weight of the output head alone, so "
@@ -80,6 +77,31 @@ class LoRA:
         for weight in model.parameters():
             if weight.requires_grad:  # 16 bits would round its updates away
                 weight.data = weight.data.float()
+
+    def settings(self) -> Any:
+        """What peft is told: these settings, or those of the adapter at the path.
+
+        Raises:
+            UsageError: If peft refuses them, or there is no such adapter.
+        """
+        import peft
+
+        settings = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        targets = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
+        with _refusals_in_words():
+            if self.path is not None:
+                return peft.PeftConfig.from_pretrained(resolve(self.path))
+            return peft.LoraConfig(**{**settings, **targets, **self.options})
+
+
+@contextmanager
+def _refusals_in_words() -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"`policy.lora`: peft does not take this: {error}") from error
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> None:
@@ -112,30 +134,103 @@ def _named(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]
     return ((name, weight) for name, weight in model.named_parameters() if f".{adapter}." in f"{name}.")
 
 
+def _of_adapter(names: Iterable[str], adapter: str) -> Iterator[str]:
+    return (name for name in names if f".{adapter}." in f"{name}.")
+
+
 def base_fingerprint(model: nn.Module) -> str:
     """Digest of the weights below the adapters."""
     adapters = {name for adapter in (TRAINED, REFERENCE) for name, _ in _named(model, adapter)}
     return digest_of((name, weight) for name, weight in model.named_parameters() if name not in adapters)
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose weights have taken up the trained adapter."""
+def changes_base(settings: Any) -> bool:
+    """Whether an adapter of these settings begins by changing the weights below it, as PiSSA does."""
+    return getattr(settings, "init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal")
+
+
+def outline_adapter(model: PreTrainedModel, settings: Any) -> None:
+    """Put an adapter into a model without storage: its parts and their names, not the weights that it begins with."""
+    settings = copy.deepcopy(settings)
+    if changes_base(settings):
+        settings.init_lora_weights = True
+    with torch.device("meta"), _refusals_in_words():
+        model.add_adapter(settings, TRAINED)
+
+
+class Step(NamedTuple):
+    """How some weights of a plain model come from those of a model with adapters.
+
+    Attributes:
+        outputs: Names in the plain model.
+        inputs: Names in the model with adapters.
+        make: The one from the other.
+    """
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+    @property
+    def merges(self) -> bool:
+        """Whether an adapter is involved."""
+        return self.outputs != self.inputs
+
+
+def merging_steps(model: PreTrainedModel) -> Iterator[Step]:
+    """What it takes to let weights take up the trained adapter, layer by layer.
+
+    Args:
+        model: The model with its adapter; weights are not looked at, so it may be without storage.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(adapter_names=[TRAINED])
-            whole = layer.get_base_layer()
-        elif isinstance(layer, ModulesToSaveWrapper):
-            whole = layer.modules_to_save[TRAINED]
+    found: dict[str, Any] = {
+        n: part for n, part in model.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
+    outermost = {n: part for n, part in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    for name, part in outermost.items():
+        if isinstance(part, ModulesToSaveWrapper):
+            keys = part.modules_to_save[TRAINED].state_dict()
+            outputs = tuple(f"{name}.{key}" for key in keys)
+            inputs = tuple(f"{name}.modules_to_save.{TRAINED}.{key}" for key in keys)
+            yield Step(outputs, inputs, functools.partial(_renamed, dict(zip(inputs, outputs, strict=True))))
         else:
-            continue
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, whole)
-    model.delete_adapter(list(model.peft_config))
-    return model
+            outputs = tuple(f"{name}.{key}" for key in part.get_base_layer().state_dict())
+            inputs = tuple(f"{name}.{key}" for key in part.state_dict())
+            yield Step(outputs, inputs, functools.partial(_merge, part, f"{name}."))
+    below = tuple(f"{name}." for name in outermost)
+    for key in model.state_dict():
+        if not key.startswith(below):
+            yield Step((key,), (key,), dict)
+
+
+@torch.no_grad()
+def _merge(outline: nn.Module, prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a layer that has taken up its adapter, by peft and in fp32, whatever the weights have."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer: Any = copy.deepcopy(outline)
+    wide = {
+        name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True) for name, weight in weights.items()
+    }
+    layer.load_state_dict({name.removeprefix(prefix): weight for name, weight in wide.items()}, assign=True)
+    for part in layer.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.merge(adapter_names=[TRAINED])
+    return {prefix + name: weight for name, weight in layer.get_base_layer().state_dict().items()}
+
+
+def _renamed(names: Mapping[str, str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {names[name]: weight for name, weight in weights.items()}
+
+
+def below_adapters(model: nn.Module) -> dict[str, str]:
+    """Weights that are no adapter's, by their names in a model with adapters; their names in the plain model."""
+    adapters = {name for adapter in (TRAINED, REFERENCE) for name in _of_adapter(model.state_dict(), adapter)}
+    names = (name for name in model.state_dict() if name not in adapters)
+    return {name: re.sub(r"(\.base_layer|\.original_module)+\.", ".", name) for name in names}
 
 
 @torch.no_grad()

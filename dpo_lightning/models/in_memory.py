@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.models.adapters import REFERENCE, TRAINED, adapter_weights, merged
+from dpo_lightning.models.adapters import REFERENCE, TRAINED, adapter_weights
 from dpo_lightning.models.policy import CausalPolicy, LogitsPolicy
 from dpo_lightning.models.selfcheck import choose_layout
 from dpo_lightning.models.shard import Sharding
@@ -36,6 +35,13 @@ class InMemory:
 
     compile: ClassVar[bool] = False
     can_be_rebuilt: ClassVar[bool] = False
+    quantize: ClassVar[None] = None
+    trust_remote_code: ClassVar[bool] = False
+
+    @property
+    def path(self) -> str:
+        """Where its weights came from before it was handed over, as far as it knows."""
+        return getattr(getattr(self.model, "config", None), "_name_or_path", "") or self.origin
 
     @property
     def origin(self) -> str:
@@ -105,13 +111,6 @@ class InMemory:
         if self.tokenizer is None:
             raise UsageError(f"{self.origin} came without a tokenizer: hand over InMemory(model, tokenizer).")
         return self.tokenizer
-
-    def save(self, policy: CausalPolicy, folder: Path, *, merge: bool = True) -> None:
-        """Write it as a Hugging Face folder, where it can be one."""
-        model = policy.model
-        if not isinstance(model, PreTrainedModel):
-            raise UsageError(f"{self.origin} is no Hugging Face model; save module.policy.model by torch.save.")
-        (merged(model) if self.has_adapters and merge else model).save_pretrained(folder)
 
     def _is_plain_decoder(self) -> bool:
         """Whether the self-check's small model is of the same class, with an output head that is read by itself."""

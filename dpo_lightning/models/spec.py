@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.hub import cached_file
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.models.adapters import TRAINED, LoRA, adapter_weights, merged, name_below_adapters
+from dpo_lightning.models.adapters import LoRA, name_below_adapters
 from dpo_lightning.models.materialize import (
     Reader,
     begin_gathering,
@@ -169,25 +170,18 @@ class PolicySpec:
             return self._from_pretrained(AutoTokenizer, self.path)
         return self._from_pretrained(AutoTokenizer, self.tokenizer, key="policy.tokenizer", revision=None)
 
-    def save(self, policy: CausalPolicy, folder: Path, *, merge: bool = True) -> None:
-        """Write a policy that was built by this recipe as a Hugging Face folder.
+    def load_model(self) -> PreTrainedModel:
+        """The model alone, as it lies at the path, on the CPU."""
+        with torch.device("cpu"):
+            return self._load_model(self.load_config())
 
-        Args:
-            policy: The policy.
-            folder: The folder.
-            merge: Let the weights take up adapters, in full precision; otherwise adapters are written alone.
-        """
-        model = policy.model
-        if self.lora is not None and merge:
-            if self.quantize is not None:
-                whole = dataclasses.replace(self, quantize=None).build().model
-                trained = dict(adapter_weights(model, TRAINED))
-                with torch.no_grad():
-                    for name, weight in adapter_weights(whole, TRAINED):
-                        weight.copy_(trained[name])
-                model = whole
-            model = merged(model)
-        model.save_pretrained(folder)
+    def file(self, name: str) -> Path | None:
+        """A file of the model by its name, had from the hub where that is its place; None where there is none."""
+        try:
+            found = cached_file(Path(resolve(self.path)).expanduser(), name, revision=self.revision)
+        except OSError:
+            return None
+        return None if found is None else Path(found)
 
     def _layout(
         self, config: PretrainedConfig, device: torch.device | str, compute_dtype: torch.dtype | None

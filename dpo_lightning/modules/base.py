@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 POLICY = "policy."
 BASE_FINGERPRINT = "base_fingerprint"
 IN_MEMORY = "in_memory"
+PROVENANCE = "provenance"
 LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
@@ -82,6 +83,7 @@ class PolicyModule(PiecewiseModule):
         self._guard = Guard()
         self._gradient_norm: Tensor | None = None
         self._base_fingerprint: str | None = None
+        self._validation: dict[str, Any] | None = None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
         self.record(policy=_recorded(self.spec), lr=lr, warmup_steps=warmup_steps, schedule=schedule)
@@ -130,15 +132,25 @@ class PolicyModule(PiecewiseModule):
         except AttributeError:  # no weight, such as what quantised ones have beside them
             return True
 
+    def provenance(self) -> dict[str, Any]:
+        """What a model card says of training, as plain data: the module, and the last validation with its step."""
+        validation = self._validation
+        if validation is not None:
+            metrics = {name: float(value) for name, value in validation["metrics"].items()}
+            validation = {"step": validation["step"], "metrics": metrics}
+        return {"module": type(self).__name__, "validation": validation}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Under adapters keep a fingerprint of the weights that are left out; nothing is saved behind a bad step."""
+        """Keep the last validation and a fingerprint of what is below adapters; behind a bad step nothing is saved."""
         self._guard.check()
+        checkpoint[PROVENANCE] = self.provenance()
         if self.spec.has_adapters and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
             checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters see that the weights below them are those that they were trained on."""
+        self._validation = checkpoint.get(PROVENANCE, {}).get("validation")
         expected = checkpoint.get(BASE_FINGERPRINT)
         if expected is None:
             return
@@ -224,9 +236,12 @@ class PolicyModule(PiecewiseModule):
 
     def _log_stage(self, stage: str, prefix: str) -> None:
         metric = self.metric(stage)
-        for name, value in metric.compute().items():
+        values = metric.compute()
+        for name, value in values.items():
             self.log(f"{prefix}/{name}", value, prog_bar=name in self.progress_names)
         metric.reset()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._validation = {"step": self.trainer.global_step, "metrics": values}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without weight decay and a schedule in steps, or what was given."""

@@ -32,10 +32,10 @@ class PiecewiseModule(LightningModule):
 
         ``None`` where the batch does not say to what optimizer step it belongs.
         """
-        window, accumulated = batch.window, self.trainer.accumulate_grad_batches
-        if window is None or window.batches != accumulated:
+        window = batch.window
+        if window is None or window.batches != self.trainer.accumulate_grad_batches:
             return None
-        return getattr(window, counted) / (data_ranks(self.trainer) * accumulated)
+        return getattr(window, counted) / (data_ranks(self.trainer) * window.batches)
 
     def pieces(self, batch: Batch) -> Sequence[PreferenceBatch]:
         """What is run one after the other; a loss that needs a batch as a whole refuses several."""

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpo_lightning import PolicySpec
 from dpo_lightning.errors import UsageError
-from dpo_lightning.models.adapters import REFERENCE, TRAINED, LoRA, adapter_weights, as_reference, copy_adapter, merged
+from dpo_lightning.export import save_policy
+from dpo_lightning.models.adapters import REFERENCE, TRAINED, LoRA, adapter_weights, as_reference, copy_adapter
 from dpo_lightning.references import fingerprint
 
 IDS = torch.tensor([[1, 5, 9, 20, 31]])
@@ -65,7 +66,7 @@ def test_a_merged_copy_is_a_plain_model(tiny_llama, tmp_path, lora):
     spec = PolicySpec(path=tiny_llama, lora=lora)
     policy = as_trained(spec.build())
     before, expected = copy.deepcopy(policy.state_dict()), logits(policy.model)
-    spec.save(policy, tmp_path)
+    save_policy(spec, policy, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
@@ -83,12 +84,14 @@ def test_a_merged_copy_is_a_plain_model(tiny_llama, tmp_path, lora):
     assert torch.equal(logits(policy.model), expected)
 
 
-def test_merging_leaves_a_frozen_adapter_out(tiny_llama):
-    policy = as_trained(PolicySpec(path=tiny_llama, lora=LoRA(rank=2)).build())
+def test_merging_leaves_a_frozen_adapter_out(tiny_llama, tmp_path):
+    spec = PolicySpec(path=tiny_llama, lora=LoRA(rank=2))
+    policy = as_trained(spec.build())
     copy_adapter(policy.model)
     as_trained(policy)
     expected = logits(policy.model)
-    whole = merged(policy.model)
+    save_policy(spec, policy, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(whole), expected, atol=2e-5, rtol=0)
     assert not any("lora" in name for name, _ in whole.named_parameters())
 
@@ -97,7 +100,7 @@ def test_merging_leaves_a_frozen_adapter_out(tiny_llama):
 def test_a_saved_adapter_is_loaded_by_us_and_by_peft(tiny_llama, tmp_path, lora):
     spec = PolicySpec(path=tiny_llama, lora=lora)
     policy = as_trained(spec.build())
-    spec.save(policy, tmp_path, merge=False)
+    save_policy(spec, policy, tmp_path, adapter="save")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "model.safetensors").exists()
     ours = PolicySpec(path=tiny_llama, lora=LoRA(path=str(tmp_path))).build().eval()
@@ -113,7 +116,7 @@ def test_a_saved_adapter_is_loaded_by_us_and_by_peft(tiny_llama, tmp_path, lora)
 def test_adapters_of_quantised_weights_are_merged_in_full_precision(wide_llama, tmp_path, bits):
     spec = PolicySpec(path=wide_llama, lora=LoRA(rank=2), quantize=bits)
     policy = as_trained(spec.build())
-    spec.save(policy, tmp_path)
+    save_policy(spec, policy, tmp_path)
     full = PolicySpec(path=wide_llama, lora=LoRA(rank=2)).build().eval()
     with torch.no_grad():
         for (_, weight), (_, trained) in zip(
@@ -188,7 +191,7 @@ def test_what_cannot_be_is_refused_in_words(tiny_llama, settings, message):
 
 def test_an_adapter_of_another_shape_is_refused(tiny_llama, wide_llama, tmp_path):
     spec = PolicySpec(path=wide_llama, lora=LoRA(rank=2))
-    spec.save(spec.build(), tmp_path, merge=False)
+    save_policy(spec, spec.build(), tmp_path, adapter="save")
     with pytest.raises(UsageError, match=r"`policy.lora`: peft does not take this"):
         PolicySpec(path=tiny_llama, lora=LoRA(path=str(tmp_path))).build()
 
@@ -207,7 +210,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
     spec = PolicySpec(path=str(tmp_path / "tied"), lora=LoRA(rank=2))
     policy = as_trained(spec.build())
-    spec.save(policy, tmp_path / "merged")
+    save_policy(spec, policy, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(logits(loaded), logits(policy.model), atol=2e-5, rtol=0)

@@ -365,7 +365,7 @@ def test_training_metrics_cover_every_micro_batch(tiny_llama, tmp_path):
     seen = fit.train_dataloader.order
     dpo = module(tiny_llama)
     dpo.configure_model()
-    examples = [fit.datamodule.examples["train"][i] for (piece,) in list(iter(seen))[:3] for i in piece]
+    examples = [fit.datamodule.examples["train"][i] for share in list(iter(seen))[:3] for i in share.pieces[0]]
     chosen = dpo(collate(examples)).total[:, 0].mean().item()
     assert metrics["train/logps/chosen"].item() == pytest.approx(chosen, rel=1e-4)
     assert {"train/grad_norm", "train/pairs_per_second", "train/tokens_per_second", "train/loss"} <= set(metrics)

@@ -12,6 +12,7 @@ from small_runs import data, fit, module, rows, same, saving, trained, trainer
 import dpo_lightning.cli
 from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule, SFTModule
 from dpo_lightning.errors import UsageError
+from dpo_lightning.export import save_policy
 from dpo_lightning.losses import TDPO1Loss, WPOLoss
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.references import AdaptersOff, Cached, FrozenCopy, Synced
@@ -32,7 +33,7 @@ def adapter(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     dpo = module(tiny_llama, AdaptersOff(), RANK_2)
     fit(folder, dpo, data(tiny_llama))
-    dpo.spec.save(dpo.policy, folder / "adapter", merge=False)
+    save_policy(dpo.spec, dpo.policy, folder / "adapter", adapter="save")
     return str(folder / "adapter")
 
 
