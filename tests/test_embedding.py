@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from dpo_lightning import DPOModule, SFTModule
 from dpo_lightning.callbacks import ExportHF, MemoryPlan
 from dpo_lightning.errors import UsageError
+from dpo_lightning.export import save_policy
 from dpo_lightning.losses import DPOLoss, TDPO2Loss, WPOLoss
 from dpo_lightning.models.in_memory import InMemory
 from dpo_lightning.models.policy import CausalPolicy, LogitsPolicy
@@ -231,7 +232,7 @@ def test_a_frozen_model_and_what_cannot_be_done_with_an_object_are_refused(tiny_
     with pytest.raises(UsageError, match="came without a tokenizer"):
         recipe.load_tokenizer()
     with pytest.raises(UsageError, match="is no Hugging Face model"):
-        recipe.save(recipe.build(), tmp_path / "out")
+        save_policy(recipe, recipe.build(), tmp_path / "out")
 
 
 def test_another_model_may_be_its_reference(tiny_llama, tmp_path):

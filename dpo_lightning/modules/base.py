@@ -199,7 +199,7 @@ class PolicyModule(PiecewiseModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Of a loss that is not finite no gradient is, and by the gradients all ranks learn of it."""
-        self._guard.note_loss(loss)
+        self._guard.note_loss(loss, self._num_losses)
         super().backward(loss, *args, **{"gradient": 1 + 0 * loss.detach(), **kwargs})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

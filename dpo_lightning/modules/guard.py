@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
-from dpo_lightning.batch import Batch, MicroBatches, PreferenceBatch
+from dpo_lightning.batch import Batch, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.modules.gradients import total_norm
 from dpo_lightning.modules.steps import PiecewiseModule
@@ -78,6 +78,7 @@ class Trace:
 
     batch: Batch
     loss: Tensor | None = None
+    num_losses: Tensor | float = 1.0
     scores: list[Scores] = field(default_factory=list)
 
     @property
@@ -130,10 +131,10 @@ class Guard:
             reference = None if reference is None else reference.detach()
             self._window[-1].scores.append(Scores(row, policy.detach(), reference))
 
-    def note_loss(self, loss: Tensor) -> None:
-        """The loss of the last batch, as far as it has been run."""
+    def note_loss(self, loss: Tensor, num_losses: Tensor | float) -> None:
+        """The loss of the last batch, as far as it has been run, and what its sum was divided by."""
         if self._window:
-            self._window[-1].loss = loss.detach()
+            self._window[-1].loss, self._window[-1].num_losses = loss.detach(), num_losses
 
     def let_pass(self) -> None:
         """The step in hand is another's to judge."""
@@ -240,11 +241,10 @@ def reproduce(module: PiecewiseModule, path: str | Path) -> Reproduction:
     try:
         for plain in saved["batches"]:
             pieces = [_moved(PreferenceBatch(**piece), module.device) for piece in plain["pieces"]]
-            num_losses = module.num_losses(MicroBatches(pieces) if len(pieces) > 1 else pieces[0])
             total = 0.0
             for piece in pieces:
                 with torch.autocast(module.device.type, autocast, enabled=autocast is not None):
-                    loss = module.summed_loss("fit", piece) / num_losses
+                    loss = module.summed_loss("fit", piece) / plain["num_losses"]
                 module.backward(loss / len(saved["batches"]))
                 total += loss.item()
             losses.append(total)
@@ -311,6 +311,7 @@ def _plain(run: Run, step: int, window: Sequence[Trace], norm: float) -> dict[st
         "gradient_norm": norm,
         "batches": [
             {
+                "num_losses": float(trace.num_losses),
                 "loss": None if trace.loss is None else trace.loss.item() * run.accumulate,
                 "pieces": [_moved(piece._replace(window=None), CPU)._asdict() for piece in trace.batch.pieces],
                 "scores": [

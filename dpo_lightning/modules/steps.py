@@ -44,7 +44,7 @@ class PiecewiseModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over a batch, whose gradient is that of its last piece: of the others it was added up before."""
         self._zero_gradients(batch_idx)
-        num_losses = self.num_losses(batch)
+        num_losses = self._num_losses = self.num_losses(batch)
         *earlier, last = self.pieces(batch)
         done = [self._differentiated(self.summed_loss("fit", piece) / num_losses) for piece in earlier]
         return sum(done, self.summed_loss("fit", last) / num_losses)
@@ -65,6 +65,7 @@ class PiecewiseModule(LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     _is_zeroed = False
+    _num_losses: Tensor | float = 1.0
 
     def _zero_gradients(self, batch_idx: int) -> None:
         """Drop the gradients of the last optimizer step before this one's forward needs memory."""

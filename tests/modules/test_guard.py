@@ -204,7 +204,7 @@ def test_the_message_says_all_that_explains_it(tiny_llama, tmp_path):
 
 def test_a_ratio_that_is_not_finite_comes_first():
     scores = guard.Scores(torch.tensor([3, 9]), torch.tensor([[1.0, -80.0], [torch.nan, 2.0]]), None)
-    line = guard._ratios_line([guard.Trace(None, None, [scores])])
+    line = guard._ratios_line([guard.Trace(None, scores=[scores])])
     assert line == (
         "Largest log pi, in nats: row 9, response 1: nan; row 3, response 2: -80; row 9, response 2: 2; "
         "row 3, response 1: 1."
