@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -40,8 +40,8 @@ class GracefulStop(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from handling signals: its handler talks to other ranks in the middle of whatever they do."""
         if stage == "fit":
-            trainer._signal_connector.register_signal_handlers = _nothing
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # waits for the device in every step
+            trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from now on."""
@@ -97,8 +97,8 @@ class GracefulStop(Callback):
             signal.signal(number, handler)
         self._handlers, self._exchange = {}, None
         trainer._signal_connector.received_sigterm = False
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+        trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
+        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
 
 
 class _Exchange:
