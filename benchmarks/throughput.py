@@ -288,7 +288,7 @@ def scaling(case: Case, options: argparse.Namespace, config: PretrainedConfig) -
             yield f"| {name} | {' | '.join(cells)} |"
 
 
-def memory(case: Case, best: str) -> Iterator[str]:
+def memory(case: Case, best: str, left_out: Sequence[str] = ()) -> Iterator[str]:
     """Peak memory of each contender, in a process of its own."""
     yield f"TRL's best setting: {best}."
     yield ""
@@ -296,6 +296,8 @@ def memory(case: Case, best: str) -> Iterator[str]:
     yield "|---|--:|--:|--:|"
     above: dict[str, float] = {}
     for name, contender in contenders(case, best).items():
+        if name in left_out:
+            continue
         command = [sys.executable, *sys.argv, "--model", case.model, "--best", best, "--one", name]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         state, peak = json.loads(answer)
@@ -421,7 +423,9 @@ def main() -> None:
         else:
             best = options.best or best_of_trl(case)
             lines = (
-                memory(case, best) if options.memory else speeds(case, config, best, options.rounds, options.leave_out)
+                memory(case, best, options.leave_out)
+                if options.memory
+                else speeds(case, config, best, options.rounds, options.leave_out)
             )
         for line in lines:
             print(line, flush=True)

@@ -6,11 +6,13 @@ from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.dpo import DPOModule
 from dpo_lightning.modules.sft import SFTModule
+from dpo_lightning.strategies.fsdp2 import FSDP2Strategy
 
 __version__ = "0.1.0"
 __all__ = [
     "CausalPolicy",
     "DPOModule",
+    "FSDP2Strategy",
     "Logps",
     "PolicySpec",
     "PreferenceBatch",

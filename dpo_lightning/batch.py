@@ -11,6 +11,20 @@ import torch
 from torch import Tensor
 
 
+class Window(NamedTuple):
+    """All that an optimizer step is the mean over, the shares of all ranks in all batches that are accumulated.
+
+    Attributes:
+        examples: Their number.
+        tokens: Scored tokens of them.
+        batches: Over how many batches gradients are accumulated, which the last window of an epoch may not have.
+    """
+
+    examples: int
+    tokens: int
+    batches: int
+
+
 class PreferenceBatch(NamedTuple):
     """B examples of a prompt and up to K responses, best first, as one stream of T tokens without padding.
 
@@ -34,6 +48,7 @@ class PreferenceBatch(NamedTuple):
         max_key: Most tokens in a sequence, prefix included.
         digest: A number that changes with the tokens of an example and with which of them are scored, int64, shape
             ``(B,)``; None where nobody needs it.
+        window: What the optimizer step to which the batch belongs is the mean over; None where nobody knows.
     """
 
     input_ids: Tensor
@@ -48,6 +63,7 @@ class PreferenceBatch(NamedTuple):
     max_query: int
     max_key: int
     digest: Tensor | None = None
+    window: Window | None = None
 
     @property
     def pieces(self) -> tuple[PreferenceBatch]:
@@ -67,10 +83,12 @@ class MicroBatches(NamedTuple):
         pieces: Batches of the same K that share the examples among them.
         order: Where each example of the batch stands in the pieces behind each other, int64, shape ``(B,)``; None
             where that is no matter.
+        window: What the optimizer step to which the batch belongs is the mean over; None where nobody knows.
     """
 
     pieces: Sequence[PreferenceBatch]
     order: Tensor | None = None
+    window: Window | None = None
 
     def joined(self, values: Sequence[Tensor]) -> Tensor:
         """What was found for each piece, shape ``(examples, ...)`` each, in the order of the batch, ``(B, ...)``."""
@@ -163,6 +181,29 @@ def lay_out(
         row=torch.tensor(rows if rows is not None else range(len(examples))),
         max_query=int(query_S.max()),
         max_key=int((prefix_S + query_S).max()),
+    )
+
+
+def nothing(num_responses: int) -> PreferenceBatch:
+    """A batch of no examples, B = 0, for a rank that has none: its stream is one token, of which nothing is scored.
+
+    It runs through models and losses as any other, so that a rank takes part in what all ranks do together, and adds
+    nothing to sums and gradients.
+    """
+    none = torch.empty(0, dtype=torch.int64)
+    return PreferenceBatch(
+        input_ids=torch.zeros(1, dtype=torch.int64),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        spans=torch.tensor([[0, 1, 0, 0]]),
+        key_index=None,
+        source=none,
+        target=none,
+        owner=none,
+        length=none.view(0, num_responses),
+        row=none,
+        max_query=1,
+        max_key=1,
+        digest=none,
     )
 
 

@@ -24,12 +24,13 @@ ALLOWED = {
     "modules": {"batch", "cpu", "functional", "losses", "metrics", "models", "recipes", "references", "errors"},
     "memory": {"batch", "models", "modules", "references", "paths"},
     "callbacks": {"batch", "memory", "data", "generation", "modules", "errors"},
+    "strategies": {"models", "errors"},
     "explain": set(),
     "inspection": {"data", "errors"},
     "cli": {"callbacks", "data", "inspection", "losses", "modules", "references", "errors", "explain"},
     "quickstart": {"cli", "generation"},
     "__main__": {"cli"},
-    "__init__": {"batch", "data", "models", "modules"},
+    "__init__": {"batch", "data", "models", "modules", "strategies"},
 }
 
 

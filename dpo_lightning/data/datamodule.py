@@ -167,6 +167,8 @@ class PreferenceDataModule(LightningDataModule):
     def unscored(self, known: np.ndarray, rank: int, world_size: int) -> Iterator[PreferenceBatch]:
         """A rank's share of the examples whose digests are not known, each once, longest first, in batches.
 
+        All ranks have equally many batches; the last may be of no examples.
+
         Args:
             known: Digests.
             rank: The rank.
@@ -181,11 +183,15 @@ class PreferenceDataModule(LightningDataModule):
         _, first = np.unique(examples.column("digest"), return_index=True)
         wanted = first[~np.isin(examples.column("digest")[first], known)]
         num_tokens = examples.num_tokens()
-        longest_first = wanted[np.argsort(-num_tokens[wanted], kind="stable")][rank::world_size]
+        longest_first = wanted[np.argsort(-num_tokens[wanted], kind="stable")]
         most_tokens, most_examples = self._most_tokens("val"), max(1, self.val_batch_size // world_size)
         weights = np.ones_like(longest_first) if most_tokens is None else num_tokens[longest_first]
-        for run in runs(weights, most_tokens or most_examples):
-            yield collate(examples.__getitems__(longest_first[run].tolist()))
+        shares = [list(runs(weights[other::world_size], most_tokens or most_examples)) for other in range(world_size)]
+        mine = longest_first[rank::world_size]
+        for run in shares[rank]:
+            yield collate(examples.__getitems__(mine[run].tolist()))
+        # Where weights are divided among ranks, all of them run equally often.
+        yield from [collate([])] * (max(map(len, shares)) - len(shares[rank]))
 
     def heaviest(self) -> PreferenceBatch:
         """The micro-batch with most tokens that this rank meets in the first epoch, for a plan of memory.
@@ -261,11 +267,11 @@ class PreferenceDataModule(LightningDataModule):
     def _place(self, split: str, batch_size: int) -> _Place:
         place = _Place(seed=torch.initial_seed() if self.seed is None else self.seed)
         if self.trainer is not None:
-            place = _Place(
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                seed=self.trainer.strategy.broadcast(place.seed),
-            )
+            # Ranks that share the products of one model, by tensor parallelism, count as one.
+            alone = {"rank": 0, "num_replicas": 1}
+            found = getattr(self.trainer.strategy, "distributed_sampler_kwargs", alone)
+            seed = self.trainer.strategy.broadcast(place.seed)
+            place = _Place(rank=found["rank"], world_size=found["num_replicas"], seed=seed)
         if batch_size % place.world_size:
             raise UsageError(
                 f"A {split} batch of {batch_size} examples does not divide among {place.world_size} devices; change "
@@ -273,7 +279,7 @@ class PreferenceDataModule(LightningDataModule):
             )
         return place
 
-    def _sampler(self, split: str, batch_size: int, shuffle: bool = False) -> GlobalBatchSampler:
+    def _sampler(self, split: str, batch_size: int, shuffle: bool = False, trained: bool = False) -> GlobalBatchSampler:
         if split not in self.examples:
             raise UsageError(f"There are no {split} examples yet; call `setup` with the stage first.")
         place = self._place(split, batch_size)
@@ -286,29 +292,27 @@ class PreferenceDataModule(LightningDataModule):
             rank=place.rank,
             world_size=place.world_size,
             most_tokens=self._most_tokens(split),
+            num_scored=self.examples[split].num_scored() if trained else None,
         )
-        if not len(sampler):
-            raise UsageError(
-                f"The {sampler.num_examples} {split} examples make no batch that divides among {place.world_size} "
-                "devices; give more rows or use fewer devices."
-            )
+        if self.trainer is not None and trained:
+            limit = self.trainer.limit_train_batches
+            sampler.max_batches = min(limit, len(sampler)) if isinstance(limit, int) else int(limit * len(sampler))
+            sampler.accumulated = self.trainer.accumulate_grad_batches
         return sampler
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
-        sampler, epoch, limit = self._sampler(split, batch_size, shuffle), 0, 1.0
+        sampler, epoch = self._sampler(split, batch_size, shuffle, trained=split == "train"), 0
         self.seed = sampler.seed
         _say_what_runs_alone(split, sampler)
         if self.trainer is not None:
             # Not `current_epoch`: resumed at the end of an epoch, the Trainer still counts that one as current.
             epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            limit = self.trainer.limit_train_batches
         loader = ResumableLoader(
             self.examples[split],
             sampler,
             num_workers=self.num_workers,
             pin_memory=self._on_gpu,
             epoch=epoch,
-            max_batches=limit if isinstance(limit, int) else int(limit * len(sampler)),
         )
         self._loaders.append(loader)
         return loader

@@ -16,8 +16,8 @@ Places = list[int]
 def assignments(num_tokens: np.ndarray, world_size: int, most_tokens: int | None = None) -> list[list[Places]]:
     """The pieces that each rank runs of a global batch.
 
-    All ranks have equally many pieces where they have enough examples, since under sharded weights each forward is
-    run by all of them together.
+    All ranks have equally many pieces, at least one, since where weights are divided every forward is run by all of
+    them together; where there are too few examples some pieces are empty.
 
     Args:
         num_tokens: Tokens of each example in the stream, shape ``(B,)``.
@@ -29,12 +29,9 @@ def assignments(num_tokens: np.ndarray, world_size: int, most_tokens: int | None
     """
     dealt = deal(num_tokens, world_size)
     if most_tokens is None:
-        return [[places] if places else [] for places in dealt]
+        return [[places] for places in dealt]
     count = max(num_pieces(num_tokens[places], most_tokens) for places in dealt)
-    return [
-        [[places[place] for place in piece] for piece in split(num_tokens[places], min(count, len(places)))]
-        for places in dealt
-    ]
+    return [[[places[place] for place in piece] for piece in split(num_tokens[places], count)] for places in dealt]
 
 
 def deal(num_tokens: np.ndarray, num_shares: int) -> list[Places]:
@@ -49,7 +46,7 @@ def deal(num_tokens: np.ndarray, num_shares: int) -> list[Places]:
 
 
 def split(num_tokens: np.ndarray, num_parts: int) -> list[Places]:
-    """Places in parts of nearly equal tokens, none of them empty; at most as many as there are places."""
+    """Places in parts of nearly equal tokens, none of them empty unless there are more parts than places."""
     return _longest_to_lightest(num_tokens, [len(num_tokens)] * num_parts)
 
 

@@ -7,13 +7,13 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dpo_lightning.batch import Batch
+from dpo_lightning.batch import Batch, Window
 from dpo_lightning.data.collate import as_it_is, collate_pieces
 from dpo_lightning.data.dealing import assignments
 from dpo_lightning.data.table import Examples
@@ -22,19 +22,33 @@ from dpo_lightning.errors import UsageError
 NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class GlobalBatchSampler(Sampler[list[list[int]]]):
+class Share(NamedTuple):
+    """A rank's share of a global batch.
+
+    Attributes:
+        pieces: Indices of its examples, in pieces that are run at once.
+        window: What the optimizer step to which the batch belongs is the mean over; None where nothing is trained.
+    """
+
+    pieces: list[list[int]]
+    window: Window | None
+
+
+class GlobalBatchSampler(Sampler[Share]):
     """Global batches of which every rank takes its share, in as many pieces as it has to.
 
     Args:
         parts: Size of each source in the data set, and how many of its examples an epoch takes.
         num_tokens: Tokens of each example in the stream, shape ``(sum of sizes,)``.
         batch_size: Examples in a global batch, over all ranks.
-        shuffle: Whether each epoch has an order of its own; then a last batch that does not divide among the ranks
-            is left out, otherwise nothing is.
+        shuffle: Whether each epoch has an order of its own.
         seed: With the epoch's number it fixes the order.
         rank: This process.
         world_size: Number of processes.
         most_tokens: Tokens that a rank runs at once.
+        num_scored: Scored tokens of each example, where gradients are made, shape ``(sum of sizes,)``.
+        accumulated: Batches that an optimizer step accumulates.
+        max_batches: Batches after which an epoch ends; all unless given.
     """
 
     def __init__(
@@ -48,29 +62,42 @@ class GlobalBatchSampler(Sampler[list[list[int]]]):
         rank: int = 0,
         world_size: int = 1,
         most_tokens: int | None = None,
+        num_scored: np.ndarray | None = None,
+        accumulated: int = 1,
+        max_batches: int | None = None,
     ) -> None:
         self.parts, self.num_examples, self.batch_size = parts, sum(taken for _, taken in parts), batch_size
-        self.num_tokens, self.most_tokens = num_tokens, most_tokens
+        self.num_tokens, self.num_scored, self.most_tokens = num_tokens, num_scored, most_tokens
+        self.accumulated, self.max_batches = accumulated, len(self) if max_batches is None else max_batches
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         """Number of global batches in an epoch."""
-        full, rest = divmod(self.num_examples, self.batch_size)
-        return full + (rest > 0 and (not self.shuffle or rest % self.world_size == 0))
+        return -(-self.num_examples // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        """The pieces of this rank's share of each global batch of the epoch, from the batch numbered ``start``."""
+    def __iter__(self) -> Iterator[Share]:
+        """This rank's share of each global batch of the epoch, from the batch numbered ``start``."""
         order = self._order()
         for batch in range(self.start, len(self)):
-            examples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            examples = self._examples(order, batch, batch + 1)
             pieces = assignments(self.num_tokens[examples], self.world_size, self.most_tokens)[self.rank]
-            if pieces:
-                yield [examples[piece].tolist() for piece in pieces]
+            yield Share([examples[piece].tolist() for piece in pieces], self._window(order, batch))
 
     def heaviest(self) -> list[int]:
         """The piece with most tokens of the epoch."""
-        return max((piece for pieces in self for piece in pieces), key=lambda piece: self.num_tokens[piece].sum())
+        pieces = (piece for share in self for piece in share.pieces)
+        return max(pieces, key=lambda piece: self.num_tokens[piece].sum())
+
+    def _window(self, order: np.ndarray, batch: int) -> Window | None:
+        if self.num_scored is None:
+            return None
+        first = batch - batch % self.accumulated
+        examples = self._examples(order, first, min(first + self.accumulated, self.max_batches))
+        return Window(len(examples), int(self.num_scored[examples].sum()), self.accumulated)
+
+    def _examples(self, order: np.ndarray, first: int, stop: int) -> np.ndarray:
+        return order[first * self.batch_size : stop * self.batch_size]
 
     def _order(self) -> np.ndarray:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
@@ -97,7 +124,6 @@ class ResumableLoader:
         num_workers: Processes that collate; 0 collates in this one.
         pin_memory: Whether batches lie in memory from which a GPU copies fast.
         epoch: Number of the first epoch.
-        max_batches: Batches after which an epoch ends, where the Trainer limits them.
     """
 
     def __init__(
@@ -108,10 +134,8 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         epoch: int = 0,
-        max_batches: int | None = None,
     ) -> None:
         self.order = sampler
-        self.max_batches = len(sampler) if max_batches is None else max_batches
         self._epoch, self._position = epoch, 0
         self._started = False
         self.loader: DataLoader[Batch] = DataLoader(
@@ -131,7 +155,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch after loading a state, else an epoch from its start."""
-        if self._started or self._position >= self.max_batches:
+        if self._started or self._position >= self.order.max_batches:
             self._epoch, self._position = self._epoch + 1, 0
         self._started = True
         self.order.epoch, self.order.start = self._epoch, self._position
@@ -187,7 +211,8 @@ class _ByPieces(Dataset[Batch]):
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
-    def __getitem__(self, pieces: list[list[int]]) -> Batch:
-        indices = [index for piece in pieces for index in piece]
+    def __getitem__(self, share: Share) -> Batch:
+        indices = [index for piece in share.pieces for index in piece]
         found = iter(self.examples.__getitems__(indices))
-        return collate_pieces([list(islice(found, len(piece))) for piece in pieces], torch.tensor(indices).argsort())
+        pieces = [list(islice(found, len(piece))) for piece in share.pieces]
+        return collate_pieces(pieces, torch.tensor(indices).argsort(), share.window)

@@ -134,6 +134,15 @@ class Examples(Sequence[TokenizedExample]):
         lengths = pc.list_value_length(responses).to_numpy()
         return pc.list_value_length(tokens["prompt_ids"]).to_numpy() + np.bincount(owner.to_numpy(), lengths)
 
+    def num_scored(self) -> np.ndarray:
+        """Scored tokens of each example, over all its responses."""
+        column = self._ids.select_columns(["scored", "response_ids"]).with_format("arrow")[:]
+        responses, owner = pc.list_flatten(column["response_ids"]), pc.list_parent_indices(column["response_ids"])
+        counts = np.bincount(owner.to_numpy(), pc.list_value_length(responses).to_numpy(), len(self)).astype(np.int64)
+        for place in np.flatnonzero(pc.is_valid(column["scored"]).to_numpy()):
+            counts[place] = sum(map(sum, column["scored"][int(place)].as_py()))
+        return counts
+
     def prompts(self) -> np.ndarray:
         """What tells the prompt of each example from others."""
         return self.column("prompt_digest")

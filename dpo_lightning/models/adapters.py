@@ -46,6 +46,12 @@ class LoRA:
         if importlib.util.find_spec("peft") is None:
             raise UsageError('`policy.lora` needs peft: pip install -c constraints.txt -e ".[peft]".')
 
+    @property
+    def begins_from_weights(self) -> bool:
+        """Whether what an adapter begins with is computed from the weights below it."""
+        start = self.options.get("init_lora_weights")
+        return bool(self.options.get("use_dora")) or (isinstance(start, str) and start != "gaussian")
+
     def add(self, model: PreTrainedModel) -> None:
         """Put the adapter into a model, where it alone is trained.
 
@@ -88,6 +94,13 @@ def _load_adapter(model: PreTrainedModel, path: str) -> None:
     result: Any = peft.set_peft_model_state_dict(model, weights, TRAINED)
     if unexpected := result.unexpected_keys:
         raise ValueError(f"{path} holds weights that the model has no place for: {', '.join(unexpected[:3])}")
+
+
+def name_below_adapters(name: str) -> str:
+    """Name that a weight has in a model without adapters."""
+    for part in (".base_layer.", f".modules_to_save.{TRAINED}.", ".original_module."):
+        name = name.replace(part, ".")
+    return name
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:

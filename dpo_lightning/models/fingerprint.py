@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dpo_lightning.models.shard import is_zero, local, local_box, sharding_groups
 
 # Enough elements of every tensor to notice any training, few enough that a large model takes seconds.
 FINGERPRINT_ELEMENTS = 65_536
@@ -23,7 +27,7 @@ def fingerprint(model: nn.Module) -> str:
 def _adds_nothing(name: str, weights: Mapping[str, Tensor]) -> bool:
     for zero, random in ((".lora_B.", ".lora_A."), (".lora_embedding_A.", ".lora_embedding_B.")):
         if zero in name or random in name:
-            return not weights[name.replace(random, zero)].any()
+            return is_zero(weights[name.replace(random, zero)])
     return False
 
 
@@ -31,8 +35,26 @@ def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
     """The same of some weights with their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in weights:
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, -(-flat.numel() // FINGERPRINT_ELEMENTS))].float().cpu().contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(_evenly_spaced(parameter.detach()).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _evenly_spaced(weight: Tensor) -> Tensor:
+    """Up to 65,536 elements of a weight, in fp32; of one that is divided among ranks the same on all of them."""
+    stride = max(1, -(-weight.numel() // FINGERPRINT_ELEMENTS))
+    if not isinstance(weight, DTensor):
+        return weight.flatten()[::stride].float().contiguous()
+    here = local(weight)
+    places = torch.unravel_index(torch.arange(0, weight.numel(), stride, device=here.device), weight.shape)
+    box = local_box(weight)
+    is_here = torch.ones_like(places[0], dtype=torch.bool)
+    for place, part in zip(places, box, strict=True):
+        is_here &= (place >= part.start) & (place < part.stop)
+    sample = torch.zeros(len(is_here), device=here.device)
+    index = tuple(place[is_here] - part.start for place, part in zip(places, box, strict=True))
+    sample[is_here] = here[index].float()
+    bits = sample.view(torch.int32)  # of which all ranks but one have zeros: as numbers, minus zero would be lost
+    for group in sharding_groups(weight):
+        torch.distributed.all_reduce(bits, group=group)
+    return sample

@@ -18,6 +18,7 @@ from dpo_lightning.functional.layout import RaggedLayout
 from dpo_lightning.functional.logps import sum_by_owner, token_logps
 from dpo_lightning.functional.vocabulary import log_collision, token_kl
 from dpo_lightning.models.seam import ATTENTION, stream_mask
+from dpo_lightning.models.shard import is_sharded
 
 log = logging.getLogger(__name__)
 Layout = Literal["stream", "rows"]
@@ -54,15 +55,24 @@ class CausalPolicy(nn.Module):
             setattr(module, attribute, buffer.to(getattr(module, attribute).device))
         return self
 
-    def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
+    def forward(
+        self,
+        batch: PreferenceBatch,
+        reference: Outputs | None = None,
+        collision: bool = False,
+        outputs_alone: bool = False,
+    ) -> Logps | Outputs:
         """Log-probabilities of every response, fp32 or wider.
 
         Args:
             batch: What to score.
             reference: What a reference says of the same batch, where the divergence from it is asked for.
             collision: Whether the collision probability at every token is asked for.
+            outputs_alone: Give what log-probabilities are computed from instead, as :meth:`outputs` does.
         """
-        outputs = self.outputs(batch)
+        outputs = self._outputs(batch)
+        if outputs_alone:
+            return outputs
         logps = score(outputs, batch)
         return logps._replace(
             collision=log_collision(outputs) if collision else None,
@@ -71,6 +81,15 @@ class CausalPolicy(nn.Module):
 
     def outputs(self, batch: PreferenceBatch) -> Outputs:
         """Hidden states that predict the scored tokens, in the order of ``batch.target``, and the output head."""
+        outputs = self(batch, outputs_alone=True)
+        # Divided weights are gathered while the policy runs, and no longer.
+        return outputs._replace(weight=outputs.weight.clone()) if is_sharded(self) else outputs
+
+    def generate(self, **kwargs: Any) -> Any:
+        """What the model's own ``generate`` does; with divided weights all ranks have to call it alike."""
+        return self.model.generate(**kwargs)  # type: ignore[operator]
+
+    def _outputs(self, batch: PreferenceBatch) -> Outputs:
         if self._context is not None and batch.max_key > self._context:
             _warn_of_length(batch.max_key, self._context)
         hidden, source = self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)

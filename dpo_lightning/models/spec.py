@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +24,21 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.models.adapters import TRAINED, LoRA, adapter_weights, merged
+from dpo_lightning.models.adapters import TRAINED, LoRA, adapter_weights, merged, name_below_adapters
+from dpo_lightning.models.materialize import (
+    Reader,
+    begin_gathering,
+    copy_weights,
+    fill,
+    from_meta,
+    take_random_state_of_first_rank,
+    to_meta,
+    without_storage,
+)
 from dpo_lightning.models.policy import CausalPolicy, Layout
 from dpo_lightning.models.selfcheck import Verdict, choose_layout
-from dpo_lightning.models.shard import checkpoint_layers, compile_layers
+from dpo_lightning.models.shard import Sharding, checkpoint_layers, compile_layers, shard_layers
+from dpo_lightning.models.weight_files import stored_weights
 from dpo_lightning.paths import PACKAGE, resolve
 
 log = logging.getLogger(__name__)
@@ -80,12 +93,20 @@ class PolicySpec:
         if self.quantize is not None and self.random_init:
             raise UsageError("Random weights cannot be quantised: leave out `policy.quantize` or `policy.random_init`.")
 
-    def build(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None) -> CausalPolicy:
+    def build(
+        self,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype | None = None,
+        sharding: Sharding | None = None,
+        weights: CausalPolicy | None = None,
+    ) -> CausalPolicy:
         """The policy in training mode, on the CPU: the strategy moves it.
 
         Args:
             device: Where it will run, which is where the layout is checked.
             compute_dtype: Dtype of its matrix products, if not that of its weights.
+            sharding: How its weights are divided among ranks, on whose devices they then lie; no rank holds all.
+            weights: A policy that was built with the same sharding, whose weights it takes.
 
         Raises:
             UsageError: If there is no such model.
@@ -93,8 +114,10 @@ class PolicySpec:
         # Under a Trainer the default device is a GPU's, and transformers would look for accelerate to load there.
         with torch.device("cpu"):
             config = self.load_config()
-            layout = self._layout(config, device, compute_dtype)
-            return self.assemble(self._load_model(config), layout)
+            layout = weights.layout if weights is not None else self._layout(config, device, compute_dtype)
+            if sharding is None:
+                return self.assemble(self._load_model(config), layout)
+            return self._build_sharded(config, layout, sharding, weights)
 
     def assemble(self, model: PreTrainedModel, layout: Layout) -> CausalPolicy:
         """The policy in training mode, of a model to which adapters, checkpoints and compilation are still owed."""
@@ -151,24 +174,76 @@ class PolicySpec:
             _say_once(verdict)
         return verdict.layout if self.layout == "auto" else self.layout
 
+    def _build_sharded(
+        self, config: PretrainedConfig, layout: Layout, sharding: Sharding, weights: CausalPolicy | None
+    ) -> CausalPolicy:
+        if self.quantize is not None:
+            raise UsageError("`policy.quantize`: packed weights cannot be divided among devices; use `strategy: ddp`.")
+        take_random_state_of_first_rank(sharding.device)
+        model, readers = self._without_storage(config, read=weights is None)
+        if model is None:
+            _say_that_ranks_load_all(config.model_type)
+            model = self._load_model(config)
+        policy = self.assemble(model, layout)
+        real = to_meta(policy.model)
+        shard_layers(policy, policy.model, sharding)
+        from_meta(policy)
+        if weights is not None:
+            copy_weights(weights, policy)
+        else:
+            below = {
+                name: name_below_adapters(name) for name, _ in policy.model.named_parameters(remove_duplicate=False)
+            }
+            missed = fill(policy.model, {name: readers[plain] for name, plain in below.items() if plain in readers})
+            if missed - real:
+                raise UsageError(f"`policy.path`: {self.path} lacks weights: {', '.join(sorted(missed - real)[:3])}.")
+        begin_gathering(policy)
+        return policy
+
+    def _without_storage(
+        self, config: PretrainedConfig, read: bool
+    ) -> tuple[PreTrainedModel | None, Mapping[str, Reader]]:
+        """A model without weights and how each of them is read, where there is such a way."""
+        drawn = self.random_init or (self.lora is not None and self.lora.begins_from_weights)
+        model = None if drawn and read else without_storage(lambda: self._from_config(config))
+        if model is None or not read:
+            return model, {}
+        stored = stored_weights(model, self._location(self.path)[0], self.revision)
+        if stored is None:
+            return None, {}
+        return model, {name: weight.read for name, weight in stored.items()}
+
+    def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Random weights."""
+        dtype = getattr(torch, self.dtype)
+        # A deep copy: models write into the config that they are given.
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=self.trust_remote_code
+        )
+
     def _load_model(self, config: PretrainedConfig) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype)
         if self.random_init:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            return self._from_config(config)
         options: dict[str, Any] = {} if self.allow_pickle else {"use_safetensors": True}
         if self.quantize is not None:
             bits = {"load_in_8bit": self.quantize == "8bit", "load_in_4bit": self.quantize == "4bit"}
             options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
         return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **options)
 
+    @staticmethod
+    def _location(path: str) -> tuple[str, bool]:
+        """A folder here, or a name on a hub; and whether it is the former."""
+        folder = Path(resolve(path)).expanduser()
+        return (str(folder), True) if folder.is_dir() else (path, False)
+
     def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
-        location = Path(resolve(path)).expanduser()
-        local = location.is_dir()
+        location, local = self._location(path)
         if not local and (path.count("/") > 1 or path.startswith((PACKAGE, ".", "/", "~"))):
             raise UsageError(f"`{key}`: there is no folder {path}, and it is no name on a hub (owner/model).")
         try:
             return auto.from_pretrained(
-                str(location) if local else path,
+                location,
                 local_files_only=local,
                 trust_remote_code=self.trust_remote_code,
                 **{"revision": self.revision, **kwargs},
@@ -187,6 +262,15 @@ def _say_once(verdict: Verdict) -> None:
     """One message a family, however many copies of a model are built, and on one rank."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         log.log(logging.INFO if verdict.layout == "stream" else logging.WARNING, str(verdict))
+
+
+@functools.cache
+def _say_that_ranks_load_all(family: str) -> None:
+    log.warning(
+        f"{family}: every rank loads the whole model before it keeps its part: random weights, adapters that are made "
+        "of the weights below them, files that are not safetensors, and families that are stored in another form need "
+        "that. The memory of the machine has to hold one model a rank."
+    )
 
 
 def _set_dropout_to_zero(config: PretrainedConfig) -> None:

@@ -20,7 +20,9 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.shard import Sharding
 from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.modules.gradients import clip_by_norm, clip_by_value, gradients_of, total_norm
 from dpo_lightning.modules.schedule import Schedule, lr_factor
 from dpo_lightning.modules.steps import PiecewiseModule
 from dpo_lightning.modules.throughput import Throughput
@@ -114,9 +116,10 @@ class PolicyModule(PiecewiseModule):
         if self.spec.lora is not None and self._trainer is not None and self._base_fingerprint is None:
             self._base_fingerprint = base_fingerprint(self.policy)
 
-    def load(self, spec: PolicySpec) -> CausalPolicy:
-        """Build a model for this module's device and precision."""
-        return spec.build(self._target_device(), self._compute_dtype())
+    def load(self, spec: PolicySpec, weights: CausalPolicy | None = None) -> CausalPolicy:
+        """Build a model for this module's device, precision and strategy, with the weights of another, if given."""
+        sharding: Sharding | None = None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
+        return spec.build(self._target_device(), self._compute_dtype(), sharding, weights)
 
     def is_left_out(self, name: str) -> bool:
         """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
@@ -183,8 +186,7 @@ class PolicyModule(PiecewiseModule):
         if not due:
             return
         metric.reset()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/grad_norm", total_norm(gradients_of(self.parameters())))
         for name, value in self._throughput.per_second().items():
             self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
 
@@ -228,13 +230,13 @@ class PolicyModule(PiecewiseModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer says, also for the fused optimizers that Lightning refuses under bf16-mixed."""
+        """Clip as the Trainer says, also where Lightning refuses: fused optimizers, weights divided among devices."""
         if self._scales_loss():
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            plugin = self.trainer.precision_plugin
-            clip = plugin.clip_grad_by_value if gradient_clip_algorithm == "value" else plugin.clip_grad_by_norm
-            clip(optimizer, gradient_clip_val)
+            gradients = gradients_of(weight for group in optimizer.param_groups for weight in group["params"])
+            clip = clip_by_value if gradient_clip_algorithm == "value" else clip_by_norm
+            clip(gradients, gradient_clip_val)
 
     def _lr_factor(self, step: int) -> float:
         # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data

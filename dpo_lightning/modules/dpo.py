@@ -17,6 +17,7 @@ from dpo_lightning.metrics import PreferenceMetrics
 from dpo_lightning.models.policy import score
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.referenced import ReferencedModule
+from dpo_lightning.modules.steps import data_ranks
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Reference
 
@@ -109,9 +110,10 @@ class DPOModule(ReferencedModule):
             self._check_reference(batch)
         return super().training_step(batch, batch_idx)
 
-    def num_losses(self, batch: Batch) -> int:
-        """Examples: all ranks have equally many."""
-        return sum(piece.length.shape[0] for piece in batch.pieces)
+    def num_losses(self, batch: Batch) -> float:
+        """Examples that a rank has on the average; of batches that do not say, those of this one."""
+        share = self.share_of_window(batch, "examples")
+        return sum(piece.length.shape[0] for piece in batch.pieces) if share is None else share
 
     def summed_loss(self, stage: str, piece: PreferenceBatch) -> Tensor:
         """Sum of the losses of some examples."""
@@ -163,7 +165,8 @@ class DPOModule(ReferencedModule):
         if add:
             with torch.no_grad():
                 new = self.loss.sums(policy, reference).float()
-            self._loss_sums = self._loss_sums + self.trainer.strategy.reduce(new, reduce_op="sum")
+            total = self.trainer.strategy.reduce(new, reduce_op="sum")
+            self._loss_sums = self._loss_sums + total * (data_ranks(self.trainer) / self.trainer.world_size)
         return self._loss_sums
 
     def _check_pieces(self) -> None:
@@ -189,7 +192,10 @@ class DPOModule(ReferencedModule):
         self.policy.eval()  # dropout, where it is kept, is no difference between the models
         differences, losses = zip(*map(self._compared, self.pieces(batch)), strict=True)
         self.policy.train()
-        difference, loss = torch.stack(differences).max().item(), torch.cat(losses).mean().item()
+        reduce = self.trainer.strategy.reduce  # all ranks come to the same verdict
+        difference = reduce(torch.stack(differences).max(), reduce_op="max").item()
+        total, count = torch.cat(losses).sum(), torch.tensor(sum(map(len, losses)), device=self.device)
+        loss = (reduce(total, reduce_op="sum") / reduce(count, reduce_op="sum")).item()
         if not self.reference.is_initial_policy or self._holds_trained_weights:
             log.info(f"First batch: loss {loss:.4f}, largest |log pi - log pi_ref| {difference:.4f} nats.")
         elif not difference <= self._rounding():
@@ -205,7 +211,8 @@ class DPOModule(ReferencedModule):
         policy, reference = self.scores(piece)
         assert reference is not None
         losses = self._losses(policy, reference, self._sums(policy, reference, add=False))
-        return (policy.total - reference.total).abs().max(), losses
+        differences = (policy.total - reference.total).abs().flatten()
+        return torch.cat([differences, differences.new_zeros(1)]).max(), losses
 
     def _rounding(self) -> float:
         """Largest difference of summed log-probabilities that rounding explains, in nats.

@@ -122,7 +122,8 @@ class ReferencedModule(PolicyModule):
         self._build_reference()
         assert self.reference_policy is not None
         strategy = self.trainer.strategy
-        run = Run(self.trainer.global_rank, self.trainer.world_size, strategy.barrier, self._score)
+        place = getattr(strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+        run = Run(place["rank"], place["num_replicas"], strategy.barrier, self._score)
         data = getattr(self.trainer, "datamodule", None)
         self.reference_policy.prepare(data if hasattr(data, "unscored") else None, run)
 

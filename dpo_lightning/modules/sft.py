@@ -19,8 +19,11 @@ class SFTModule(PolicyModule):
         """Loss a token and perplexity."""
         return TokenMetrics()
 
-    def num_losses(self, batch: Batch) -> Tensor:
-        """Scored tokens that a rank has on the average: DDP takes the mean of the ranks' gradients."""
+    def num_losses(self, batch: Batch) -> Tensor | float:
+        """Scored tokens that a rank has on the average: gradients are the mean over ranks."""
+        share = self.share_of_window(batch, "tokens")
+        if share is not None:
+            return share
         tokens = torch.stack([piece.length.sum() for piece in batch.pieces]).sum()
         return self.trainer.strategy.reduce(tokens.float(), reduce_op="mean")
 

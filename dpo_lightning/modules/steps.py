@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,9 +20,22 @@ class PiecewiseModule(LightningModule):
         """Sum of the losses of a piece, of which the metric of a stage takes note: fit, validate or test."""
         raise NotImplementedError
 
-    def num_losses(self, batch: Batch) -> Tensor | int:
-        """What divides the sum over the pieces, so that the mean over ranks is the loss of the global batch."""
+    def num_losses(self, batch: Batch) -> Tensor | float:
+        """What divides the sum over the pieces, so that the mean over ranks is the loss of the global batch.
+
+        Lightning divides by the number of accumulated batches on top of it.
+        """
         raise NotImplementedError
+
+    def share_of_window(self, batch: Batch, counted: Literal["examples", "tokens"]) -> float | None:
+        """What divides a sum over this rank's pieces, so that ranks and accumulated batches average to the mean of all.
+
+        ``None`` where the batch does not say to what optimizer step it belongs.
+        """
+        window, accumulated = batch.window, self.trainer.accumulate_grad_batches
+        if window is None or window.batches != accumulated:
+            return None
+        return getattr(window, counted) / (data_ranks(self.trainer) * accumulated)
 
     def pieces(self, batch: Batch) -> Sequence[PreferenceBatch]:
         """What is run one after the other; a loss that needs a batch as a whole refuses several."""
@@ -66,3 +80,9 @@ class PiecewiseModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
         return loss.detach()
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Ranks that have batches of their own: all but those that share the products of one model."""
+    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return 1 if found is None else found["num_replicas"]

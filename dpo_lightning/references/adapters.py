@@ -13,7 +13,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import REFERENCE, TRAINED, adapter_weights, as_reference, copy_adapter
 from dpo_lightning.models.fingerprint import digest_of
-from dpo_lightning.models.policy import CausalPolicy, score
+from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel
 
@@ -64,7 +64,7 @@ class AdapterReference(ReferenceModel):
     def forward(self, batch: PreferenceBatch) -> Logps:
         """Log-probabilities without gradients."""
         with self._as_reference() as policy:
-            return score(policy.outputs(batch), batch)
+            return policy(batch)
 
     @torch.no_grad()
     def outputs(self, batch: PreferenceBatch) -> Outputs:

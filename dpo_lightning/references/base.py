@@ -16,9 +16,16 @@ from transformers import Conv1D, PreTrainedModel
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.fingerprint import fingerprint
-from dpo_lightning.models.policy import CausalPolicy, score
-from dpo_lightning.models.shard import compile_layers
+from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.models.shard import compile_layers, is_sharded
 from dpo_lightning.models.spec import PolicySpec
+
+
+class Loader(Protocol):
+    """Builds models."""
+
+    def __call__(self, spec: PolicySpec, weights: CausalPolicy | None = None) -> CausalPolicy:
+        """A model by its recipe, with the weights of another of the same recipe, if one is given."""
 
 
 class Circumstances(NamedTuple):
@@ -28,7 +35,7 @@ class Circumstances(NamedTuple):
         spec: How the policy was built.
         policy: The policy in memory.
         initial: The policy as training began with it: the one in memory, or built anew where that is trained.
-        load: Builds a model from a spec, on the right device.
+        load: Builds a model from a spec, on the right device; with the weights of another, if one is given.
         device: Where the policy will run.
         numerics: Whatever besides weights and tokens changes scores: dtypes, precision.
         expected: Fingerprint of the reference that a checkpoint was trained against, if there is one.
@@ -38,7 +45,7 @@ class Circumstances(NamedTuple):
     spec: PolicySpec
     policy: CausalPolicy
     initial: Callable[[], CausalPolicy]
-    load: Callable[[PolicySpec], CausalPolicy]
+    load: Loader
     device: torch.device
     numerics: str
     expected: str | None
@@ -46,7 +53,12 @@ class Circumstances(NamedTuple):
 
     def copy(self) -> CausalPolicy:
         """A copy of the policy as training began with it."""
-        policy = copy.deepcopy(self.initial())
+        initial = self.initial()
+        if initial is not self.policy:
+            return initial  # nobody else's
+        if is_sharded(initial):
+            return self.load(self.spec, initial)
+        policy = copy.deepcopy(initial)
         if self.spec.compile:  # a copy is not compiled
             compile_layers(policy.model)
         return policy
@@ -133,7 +145,8 @@ class FrozenPolicy(ReferenceModel):
         policy: The policy to freeze; it is owned from here on. Its fingerprint is taken now, since a strategy may
             cast the weights later.
         autocast: Dtype of its matrix products. Weights of linear layers are kept in it instead of being cast at every
-            use, which changes no result and takes half the memory.
+            use, which changes no result and takes half the memory; of a policy that is divided among devices all
+            weights are, since it gathers them in that dtype.
     """
 
     def __init__(self, policy: CausalPolicy, autocast: torch.dtype | None = None) -> None:
@@ -141,15 +154,17 @@ class FrozenPolicy(ReferenceModel):
         self.policy = policy.requires_grad_(False)
         self.train(False)
         self.fingerprint = fingerprint(self)
-        self._autocast = autocast
-        if autocast is not None:
-            narrow_linear_layers(policy.model, autocast)
+        self._autocast = None if is_sharded(policy) else autocast
+        if self._autocast is not None:
+            narrow_linear_layers(policy.model, self._autocast)
+        elif autocast is not None:
+            policy.to(autocast)
 
     @torch.no_grad()
     def forward(self, batch: PreferenceBatch) -> Logps:
         """Log-probabilities without gradients."""
         with self._products(batch):
-            return score(self.policy.outputs(batch), batch)
+            return self.policy(batch)
 
     @torch.no_grad()
     def outputs(self, batch: PreferenceBatch) -> Outputs:

@@ -13,6 +13,7 @@ from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.policy import CausalPolicy, score
+from dpo_lightning.models.shard import is_sharded
 from dpo_lightning.models.spec import PolicySpec, at
 from dpo_lightning.references.base import Circumstances, FrozenPolicy, Reference, ReferenceModel
 
@@ -58,6 +59,8 @@ class FrozenCopy(Reference):
                 policy.to(getattr(torch, self.dtype))
         else:
             policy = found.load(self._spec(found.spec))
+        if self.offload and is_sharded(policy):
+            raise UsageError("`reference.offload`: weights that are divided among devices stay there; leave it out.")
         return OffloadedPolicy(policy, found.device) if self.offload else FrozenPolicy(policy, found.autocast)
 
     def _spec(self, spec: PolicySpec) -> PolicySpec:

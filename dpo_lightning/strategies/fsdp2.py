@@ -1,0 +1,89 @@
+"""Weights, gradients and optimizer divided among devices: FSDP2, with tensor parallelism where it is asked for."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.strategy import Strategy
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.models.shard import Sharding
+
+TIMEOUT = timedelta(minutes=30)  # torch's own for gloo; that of NCCL, 10 minutes, is short for a first evaluation
+
+
+class GatheredPrecision(Precision):
+    """Float32 weights that are gathered in bfloat16: what ``bf16-mixed`` means where weights are divided.
+
+    No autocast: what is gathered is in the dtype of the products already, and half as many bytes travel.
+    """
+
+    precision = "bf16-mixed"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Every decoder layer, and what is around them, divided among all devices: ``strategy: fsdp2``.
+
+    Modules of this package divide their weights by :attr:`sharding`, the frozen reference alike.
+
+    Args:
+        tensor_parallel_size: Devices that share the products of every layer; they see the same batches.
+        save_distributed_checkpoint: Write checkpoints as folders to which every rank writes its part; otherwise as one
+            file, which the first rank has to hold in memory.
+        process_group_backend: Backend of collectives, if not that of the device.
+        timeout: How long a rank waits for the others.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = TIMEOUT,
+    ) -> None:
+        self._compute_dtype: torch.dtype | None = None
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    @property
+    def sharding(self) -> Sharding:
+        """How modules divide their weights."""
+        return Sharding(mesh=self.device_mesh, compute_dtype=self._compute_dtype)
+
+    @property
+    def shards(self) -> int:
+        """Ranks among which weights are divided."""
+        return self.world_size
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """What the Trainer's precision means here."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, MixedPrecision):
+            if plugin.precision != "bf16-mixed":
+                raise UsageError(f"`trainer.precision: {plugin.precision}` does not go with fsdp2; use bf16-mixed.")
+            plugin, self._compute_dtype = GatheredPrecision(), torch.bfloat16
+        Strategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    def setup_environment(self) -> None:
+        """Arrange the devices, those of tensor parallelism next to each other."""
+        devices, together = self.num_nodes * self.num_processes, self._tensor_parallel_size
+        assert isinstance(together, int)
+        if devices % together:
+            raise UsageError(f"`tensor_parallel_size` {together} does not divide the {devices} devices.")
+        self._data_parallel_size = devices // together
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description=(FSDP2Strategy.__doc__ or "").splitlines()[0])
