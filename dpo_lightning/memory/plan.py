@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 
 from dpo_lightning.batch import PreferenceBatch
-from dpo_lightning.memory.division import HELD, Division, Gathered, divided
+from dpo_lightning.memory.division import Division, Gathered, divided
 from dpo_lightning.memory.meter import Bytes, Place
 from dpo_lightning.memory.rehearsal import Case, rehearse
 from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.references.synced import Synced
 
 GB, MB = 1e9, 1e6
 # Of what comes and goes in a step on a CPU, as measured (benchmarks/README.md): small objects settle where a tensor
@@ -128,10 +129,10 @@ def _in_dtype_of_products(module: PolicyModule, case: Case) -> Case:
 
 def _divided(peaks: dict[Place, Bytes], case: Case, rehearsed: Case, period: int, shards: int) -> dict[Place, Bytes]:
     held, used = (getattr(torch, spec.dtype).itemsize for spec in (case.policy, rehearsed.policy))
-    # Adapters are in float32 as they are, and so is or is not a reference that names its dtype.
-    own = {"gradients", "optimizer"} if case.policy.lora is not None else set()
-    own |= {"reference"} if getattr(case.reference, "dtype", None) is not None else set()
-    wider = {kind: held / used for kind in HELD if kind not in own}
+    # Adapters are in float32 as they are, and a reference that stays as it is is kept in the dtype of products.
+    kinds = ["weights", *(("gradients", "optimizer") if case.policy.lora is None else ())]
+    kinds += ["reference"] if isinstance(case.reference, Synced) else []
+    wider = dict.fromkeys(kinds, held / used)
     has_copy = any(peak.get("reference") for peak in peaks.values())
     return divided(peaks, Gathered.of(case.policy, period, used, has_copy=has_copy), shards, wider)
 
