@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--flops", type=float, default=989e12, help="of a GPU in bfloat16; an H100's data sheet")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of them that is assumed to be used")
+    parser.add_argument("--utilisation", type=float, default=0.3, help="share of them that is assumed to be used")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

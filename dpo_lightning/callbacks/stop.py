@@ -36,11 +36,14 @@ class GracefulStop(Callback):
         self._noticed = self._agreed = self._step = 0
         self._exchange: _Exchange | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+        self._origin: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from handling signals: its handler talks to other ranks in the middle of whatever they do."""
         if stage == "fit":
+            self._origin = Path(trainer.ckpt_path) if trainer.ckpt_path else None
             trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+            # This one has every step wait for the device.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,14 +76,15 @@ class GracefulStop(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What an earlier stop has left is not needed any more."""
-        _remove_origin(trainer)
+        self._remove_origin(trainer)
+        self._let_go(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Where Lightning stops because all ranks agreed to, save and say how to go on."""
         if self._agreed and isinstance(exception, SIGTERMException):
             number, path = signal.Signals(self._agreed), _folder(trainer) / f"{NAME}{trainer.global_step}.ckpt"
             trainer.save_checkpoint(path)
-            _remove_origin(trainer)
+            self._remove_origin(trainer)
             exception.code = 0 if _is_child(trainer) else 128 + number
             rank_zero_info(
                 f"\n{number.name}: stopped behind step {trainer.global_step}, exit code {128 + number}. Saved {path}; "
@@ -91,6 +95,11 @@ class GracefulStop(Callback):
 
     def _notice(self, number: int, frame: object) -> None:
         self._noticed = max(self._noticed, number)
+
+    def _remove_origin(self, trainer: Trainer) -> None:
+        """Remove the checkpoint of a stop that this run went on from: there are newer ones."""
+        if self._origin is not None and self._origin.match(f"{NAME}*.ckpt"):
+            trainer.strategy.remove_checkpoint(self._origin)
 
     def _let_go(self, trainer: Trainer) -> None:
         for number, handler in self._handlers.items():
@@ -135,13 +144,6 @@ def _folder(trainer: Trainer) -> Path:
     callback = trainer.checkpoint_callback
     found = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
     return Path(found or Path(trainer.default_root_dir) / "checkpoints")
-
-
-def _remove_origin(trainer: Trainer) -> None:
-    """Remove the checkpoint of a stop that this run went on from: there are newer ones."""
-    origin = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-    if origin is not None and origin.match(f"{NAME}*.ckpt"):
-        trainer.strategy.remove_checkpoint(origin)
 
 
 def _is_child(trainer: Trainer) -> bool:
