@@ -41,7 +41,6 @@ class GracefulStop(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from handling signals: its handler talks to other ranks in the middle of whatever they do."""
         if stage == "fit":
-            self._origin = Path(trainer.ckpt_path) if trainer.ckpt_path else None
             trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
             # This one has every step wait for the device.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
@@ -49,6 +48,7 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from now on."""
         self._noticed, self._agreed, self._step = 0, 0, trainer.global_step
+        self._origin = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         self._exchange = _Exchange() if trainer.world_size > 1 else None
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._notice) for number in SIGNALS}
