@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import FSDPStrategy
-from small_runs import module
+from small_runs import module, trainer
 from test_configs import ROOT, adapted
 
+import dpo_lightning.cli
+from dpo_lightning.callbacks import GracefulStop
 from dpo_lightning.errors import UsageError
 
 TESTS = Path(__file__).parent
@@ -160,8 +163,23 @@ def test_under_slurm_a_noticed_job_is_requeued_and_goes_on(name, num_nodes, per_
     assert steps_saved(tmp_path)[-1] == 9
 
 
-def test_fsdp1_is_refused_with_the_change(tiny_llama):
+def test_under_slurm_requeueing_is_the_scripts(tiny_llama, tmp_path, monkeypatch):
+    prepare(tmp_path, tiny_llama, "fsdp", devices=1, num_nodes=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    slurm = {"JOB_ID": "4242", "JOB_NAME": "one", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    cli = dpo_lightning.cli.run(["fit", "--config", "configs/fsdp.yaml", "--trainer.max_steps", "1"])
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+    assert any(isinstance(callback, GracefulStop) for callback in cli.trainer.callbacks)
+
+
+def test_fsdp1_is_refused_with_the_change(tiny_llama, tmp_path, monkeypatch):
     made = module(tiny_llama)
-    made.trainer = type("Fit", (), {"strategy": FSDPStrategy()})()
+    made.trainer = trainer(tmp_path)
+    monkeypatch.setattr(made.trainer._accelerator_connector, "strategy", FSDPStrategy())
     with pytest.raises(UsageError, match="strategy: fsdp2\n  precision: bf16-mixed"):
         made.setup("fit")

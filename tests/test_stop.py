@@ -17,8 +17,10 @@ from lightning.pytorch.loggers import CSVLogger
 from notices import Notice
 from small_runs import Losses, data, module, rows, trainer, weights
 from test_cli import config as cli_config
+from torch.utils.data import DataLoader
 
 from dpo_lightning.callbacks import GracefulStop
+from dpo_lightning.data.loader import outlive_notices
 from dpo_lightning.references import Synced
 
 TESTS = Path(__file__).parent
@@ -109,6 +111,21 @@ def test_lightning_handles_no_signals_meanwhile(tiny_llama, tmp_path):
     assert seen == [stop]
     assert "register_signal_handlers" not in vars(run._signal_connector)
     assert "_broadcast_sigterm_tensor" not in vars(run.fit_loop.epoch_loop)
+
+
+def test_workers_outlive_notices_but_not_their_parents_word():
+    loader = DataLoader(range(16), num_workers=1, batch_size=None, worker_init_fn=outlive_notices)
+    found = iter(loader)
+    first, worker = next(found), found._workers[0]
+    for number in ("TERM", "USR1"):
+        subprocess.run(["sh", "-c", f"kill -{number} {worker.pid}"], check=True)
+    assert [int(item) for item in (first, *found)] == list(range(16))
+    found = iter(loader)
+    next(found)
+    worker = found._workers[0]
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ class PolicyModule(PiecewiseModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             raise UsageError(FSDP1)
         if stage == "fit" and self.spec.quantize is not None and self.spec.lora is None:
             raise UsageError("Quantised weights cannot be trained: add adapters by `policy.lora`, or do not quantise.")
