@@ -9,13 +9,15 @@ import warnings
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from transformers.utils import logging as transformers_logging
 
-from dpo_lightning.callbacks import ExportHF, MemoryPlan, ProgressBar
+from dpo_lightning.callbacks import ExportHF, GracefulStop, MemoryPlan, ProgressBar
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
@@ -67,16 +69,20 @@ class DPOLightningCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with a plan of memory and a readable progress bar unless others are asked for."""
+        """The Trainer, with a readable progress bar, and for fits a plan of memory and a stop on notice."""
         if self.subcommand == "inspect":  # on a machine that may lack what the config trains on
             return InspectingTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         config = self._get(self.config_init, "trainer")
         callbacks: list[Callback] = list(config["callbacks"] or [])
         if config["enable_progress_bar"] is not False and not _has(callbacks, LightningProgressBar):
             callbacks.append(ProgressBar())
-        if self.subcommand == "fit" and not _has(callbacks, MemoryPlan):
-            callbacks.append(MemoryPlan())
+        for kind in (MemoryPlan, GracefulStop) if self.subcommand == "fit" else ():
+            if not _has(callbacks, kind):
+                callbacks.append(kind())
         config["callbacks"] = callbacks
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and config["plugins"] is None:
+            # Requeueing is the batch script's (configs/slurm): Lightning's would lose the batch in flight.
+            config["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:

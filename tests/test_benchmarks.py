@@ -7,12 +7,14 @@ import pytest
 import torch
 from contenders import Case, Run, ours, save_tokenizer, state_bytes, textbook, trl
 from flops import Work, useful_flops
+from plan_table import RECIPES, pairs_per_second, planned
 from throughput import HH_LENGTHS, Rounds, Size, grouped, make_pairs, ours_frozen, save_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dpo_lightning.batch import lay_out
+from dpo_lightning.memory.division import Division
 from dpo_lightning.references import Cached, FrozenCopy
 
 TINY = Size(width=32, inner=56, layers=2, heads=4, kv_heads=2, vocabulary=101)
@@ -131,3 +133,11 @@ def test_adapters_are_the_same_in_both(tmp_path):
     runs = [ours_frozen(case), trl(case)]
     assert [run.losses[0] for run in runs] == pytest.approx([math.log(2)] * 2)
     assert runs[0].state_bytes == runs[1].state_bytes
+
+
+def test_the_table_of_plans_knows_shares_and_operations(case):
+    alone, share = (planned(case.model, RECIPES["Cached"], Division(ranks=4, shards=n), 800) for n in (1, 4))
+    assert share < alone
+    config = TINY.config()
+    rates = [pairs_per_second(config, 1e12, 0.5, reference=own, lora=False) for own in (True, False)]
+    assert rates[1] == pytest.approx(4 / 3 * rates[0])  # a forward pass beside one and a backward pass of two

@@ -27,10 +27,17 @@ REPLACED = {
     "data.val",
     "data.max_length",
     "data.max_prompt_length",
+    "data.num_workers",
+    "model.reference.dir",
     "trainer.max_epochs",
     "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "trainer.logger.save_dir",
     "ExportHF.dir",
+    "ModelCheckpoint.dirpath",
+    "ModelCheckpoint.every_n_train_steps",
     "LogSamples.prompts",
     "LogSamples.max_new_tokens",
 }
@@ -63,17 +70,27 @@ def write_rows(folder, config):
     return str(path)
 
 
-def adapted(config, folder, model):
+def adapted(config, folder, model, devices=1, num_nodes=1):
+    """A config for a tiny model on the CPU; on several processes its strategy is kept."""
     data = write_rows(folder, config)
     config["model"]["init_args"]["policy"]["path"] = model
     config["data"]["init_args"].update(train=data, val=data, max_length=64)
     if "max_prompt_length" in config["data"]["init_args"]:
         config["data"]["init_args"]["max_prompt_length"] = 40
+    if config["data"]["init_args"].get("num_workers"):
+        config["data"]["init_args"]["num_workers"] = 0
+    if config["model"]["init_args"].get("reference", {}).get("class_path") == "Cached":
+        config["model"]["init_args"]["reference"]["init_args"] = {"dir": str(folder / "scores")}
     config["trainer"].update(max_epochs=1, accelerator="cpu", default_root_dir=str(folder))
+    if "strategy" in config["trainer"]:
+        config["trainer"].update(devices=devices, num_nodes=num_nodes)
+        config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices * num_nodes > 1 else "auto"
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"] == "ExportHF":
             callback["init_args"] = {"dir": str(folder / "hf")}
+        if "dirpath" in callback.get("init_args", {}):
+            callback["init_args"].update(dirpath=str(folder / "saved"), every_n_train_steps=1)
         if callback["class_path"] == "LogSamples":
             callback["init_args"].update(prompts=["it is"], max_new_tokens=4)
     return config
@@ -87,8 +104,9 @@ def found(cli, key):
         module = cli.model
         if owner == "policy":
             return getattr(module.spec, rest)
-        if owner == "loss":
-            return type(module.loss).__name__ if rest == "class_path" else getattr(module.loss, rest)
+        if owner in ("loss", "reference"):
+            recipe = getattr(module, owner)
+            return type(recipe).__name__ if rest == "class_path" else getattr(recipe, rest)
         return getattr(module, name)
     if part == "data":
         if name == "format":
@@ -112,9 +130,9 @@ def flat(config):
     for name, value in config["model"]["init_args"].items():
         if name == "policy":
             yield from ((f"model.policy.{key}", item) for key, item in value.items())
-        elif name == "loss":
-            yield "model.loss.class_path", value["class_path"]
-            yield from ((f"model.loss.{key}", item) for key, item in value["init_args"].items())
+        elif name in ("loss", "reference"):
+            yield f"model.{name}.class_path", value["class_path"]
+            yield from ((f"model.{name}.{key}", item) for key, item in value.get("init_args", {}).items())
         else:
             yield f"model.{name}", value
     for name, value in config["data"]["init_args"].items():
@@ -146,6 +164,8 @@ def test_every_config_runs_and_every_key_arrives(path, tiny_llama, tmp_path, mon
     assert type(cli.model).__name__ == config["model"]["class_path"]
     for key in set(original) - REPLACED:
         assert found(cli, key) == original[key], key
+    if "ExportHF.dir" not in original:
+        return
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
     trained = cli.model.policy.model.state_dict()

@@ -10,6 +10,7 @@ from dpo_lightning import PolicySpec
 from dpo_lightning.batch import lay_out
 from dpo_lightning.callbacks import MemoryPlan
 from dpo_lightning.errors import UsageError
+from dpo_lightning.memory.division import Division
 from dpo_lightning.memory.meter import Meter
 from dpo_lightning.memory.plan import BETWEEN, plan
 from dpo_lightning.memory.rehearsal import Case, rehearse
@@ -242,3 +243,53 @@ def test_where_memory_runs_out_the_batch_and_remedies_are_named(tiny_llama, tmp_
     assert "Memory ran out with this batch: 4 examples" in caplog.text
     assert "What helps, and what training would then take" in caplog.text
     assert "micro_batch_tokens" in caplog.text
+
+
+def around_and_layer(path):
+    config = LlamaConfig.from_pretrained(path)
+    width, inner = config.hidden_size, config.intermediate_size
+    return config.vocab_size * width + width, 4 * width * width + 3 * width * inner + 2 * width
+
+
+@pytest.mark.parametrize(("precision", "used"), [("32-true", 4), ("bf16-mixed", 2)])
+def test_of_divided_weights_a_rank_holds_its_share_and_what_is_gathered(precision, used, deep, tmp_path):
+    made = attached(deep, tmp_path, precision=precision)
+    alone, found = plan(made, case(made)), plan(made, case(made), Division(ranks=4, shards=4))
+    whole = 4 * parameters(deep)
+    assert found.weights == pytest.approx(whole / 4, rel=0.01)
+    assert found.reference == pytest.approx(whole / 4 * used / 4, rel=0.01)  # in the dtype of products
+    assert found.optimizer == pytest.approx(2 * whole / 4, rel=0.01)
+    around, layer = around_and_layer(deep)
+    forward = used * (2 * around + 2 * layer)  # around the layers of both models; two layers of one of them
+    assert found.gathered in (forward, forward + used * (around + layer) + 4 * layer)
+    assert found.activations <= 1.01 * alone.activations
+    assert found.peak == sum(found.parts.values())
+
+
+def test_a_reference_without_weights_gathers_none(deep, tmp_path):
+    made, division = attached(deep, tmp_path, Cached(dir=str(tmp_path))), Division(ranks=2, shards=2)
+    around, layer = around_and_layer(deep)
+    forward = 4 * (around + 2 * layer)
+    assert plan(made, case(made), division).gathered in (forward, forward + 4 * (around + layer) + 4 * layer)
+
+
+def test_below_adapters_no_gradients_are_gathered(deep, tmp_path):
+    made = attached(deep, tmp_path, AdaptersOff(), LoRA(rank=4))
+    found = plan(made, case(made), Division(ranks=2, shards=2))
+    around, layer = around_and_layer(deep)
+    assert found.gathered == pytest.approx(4 * (around + 2 * layer), rel=0.35)  # and adapters of rank 4 of width 64
+    assert found.weights == pytest.approx(4 * parameters(deep) / 2, rel=0.25)
+
+
+def test_the_strategy_says_among_how_many_weights_are_divided(deep, tmp_path):
+    made = attached(deep, tmp_path)
+    assert Division.of(made.trainer) == Division(ranks=1, shards=1)
+    made.trainer.strategy.shards = 8
+    assert Division.of(made.trainer) == Division(ranks=1, shards=8)
+    assert plan(made, case(made)).weights == pytest.approx(4 * parameters(deep) / 8, rel=0.01)
+
+
+def test_ranks_that_hold_all_have_buckets_too(deep, tmp_path):
+    made = attached(deep, tmp_path)
+    alone, one_of_two = (plan(made, case(made, in_pieces=True), Division(ranks=ranks)) for ranks in (1, 2))
+    assert one_of_two.gradients == pytest.approx(2 * alone.gradients, rel=0.01)

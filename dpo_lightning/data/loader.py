@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,6 +18,8 @@ from dpo_lightning.data.collate import as_it_is, collate_pieces
 from dpo_lightning.data.dealing import assignments
 from dpo_lightning.data.table import Examples
 from dpo_lightning.errors import UsageError
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Share(NamedTuple):
@@ -141,6 +146,7 @@ class ResumableLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=outlive_notices,
         )
 
     def __len__(self) -> int:
@@ -183,6 +189,20 @@ class ResumableLoader:
                 )
         self._epoch, self._position, self.order.seed = state["epoch"], state["position"], state["seed"]
         self._started = False
+
+
+def outlive_notices(worker: int) -> None:
+    """Let a worker end on no signal but its parent's: a notice to a whole group is for the parent, which needs it."""
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while True:
+        received = signal.sigwaitinfo(NOTICES)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)
 
 
 class _ByPieces(Dataset[Batch]):

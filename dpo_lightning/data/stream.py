@@ -17,6 +17,7 @@ from dpo_lightning.batch import Batch
 from dpo_lightning.data.collate import as_it_is, collate_pieces
 from dpo_lightning.data.dealing import assignments
 from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
+from dpo_lightning.data.loader import outlive_notices
 from dpo_lightning.data.mixture import Part
 from dpo_lightning.data.reading import begin
 from dpo_lightning.data.report import DataReport
@@ -177,7 +178,12 @@ class StreamLoader:
         self._position = 0
         self._started = self._said = False
         self._make: Callable[[], DataLoader] = lambda: DataLoader(
-            _Guarded(self.stream), batch_size=None, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin_memory
+            _Guarded(self.stream),
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=outlive_notices,
         )
 
     def __len__(self) -> int:

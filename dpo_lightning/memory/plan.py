@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
+
+import torch
 
 from dpo_lightning.batch import PreferenceBatch
-from dpo_lightning.memory.meter import Bytes
+from dpo_lightning.memory.division import Division, Gathered, divided
+from dpo_lightning.memory.meter import Bytes, Place
 from dpo_lightning.memory.rehearsal import Case, rehearse
 from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.references.synced import Synced
 
 GB, MB = 1e9, 1e6
 # Of what comes and goes in a step on a CPU, as measured (benchmarks/README.md): small objects settle where a tensor
@@ -27,6 +32,7 @@ class Plan:
         gradients: Of what is trained, and under DDP the buckets in which they travel.
         optimizer: The optimizer's state.
         reference: The reference's weights, where it has any of its own on the device.
+        gathered: What is divided among devices and whole while it is used.
         activations: What the forward pass keeps for the backward pass.
         temporary: What one operation hands to the next: logits of a chunk, 16-bit copies of weights.
         between: What the C library holds between tensors that are in use; on a CPU alone.
@@ -37,6 +43,7 @@ class Plan:
     gradients: int = 0
     optimizer: int = 0
     reference: int = 0
+    gathered: int = 0
     activations: int = 0
     temporary: int = 0
     between: int = 0
@@ -82,7 +89,7 @@ class BatchSize:
         return f"{self.examples:,} examples, {self.tokens:,} tokens, the longest sequence {self.longest:,}"
 
 
-def plan(module: PolicyModule, case: Case) -> Plan:
+def plan(module: PolicyModule, case: Case, division: Division | None = None) -> Plan:
     """Rehearse a training step and read off its peak.
 
     Models of many layers are rehearsed with two small numbers of them. As kinds of layers repeat, the bytes at a place
@@ -91,21 +98,43 @@ def plan(module: PolicyModule, case: Case) -> Plan:
     Args:
         module: The module, with its Trainer.
         case: What it is to be rehearsed with.
+        division: How training is divided among devices; as the Trainer divides it unless given.
     """
+    division = division or Division.of(module.trainer)
     config = case.policy.load_config().get_text_config()
     count, period = config.num_hidden_layers, _period(list(layer_lists(config).values()), config.num_hidden_layers)
     period = math.lcm(period, int(case.policy.activation_checkpointing) or 1)
+    rehearsed = case if division.shards == 1 else _in_dtype_of_products(module, case)
     if count <= 3 * period:
-        peaks = rehearse(module, case)
+        peaks = rehearse(module, rehearsed, division=division)
     else:
-        few, more = (rehearse(module, case, periods * period, period) for periods in (2, 3))
+        few, more = (rehearse(module, rehearsed, periods * period, period, division) for periods in (2, 3))
         peaks = {place: _extrapolate(few[place], more[place], count / period - 2) for place in few}
+    if division.shards > 1:
+        peaks = _divided(peaks, case, rehearsed, min(count, period), division.shards)
     peak = max(peaks.values(), key=lambda peak: sum(peak.values()))
     if module.device.type == "cpu":
         passing = peak.get("activations", 0) + peak.get("temporary", 0)
         share = BETWEEN if case.policy.lora is None else BETWEEN_WITH_ADAPTERS
         peak = peak | {"between": round(share * passing)}
     return Plan(batch=BatchSize.of(case.batch), **peak)
+
+
+def _in_dtype_of_products(module: PolicyModule, case: Case) -> Case:
+    """Divided weights are gathered in the dtype of products, without autocast."""
+    dtype = module._compute_dtype()
+    name: Any = case.policy.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    return case._replace(policy=dataclasses.replace(case.policy, dtype=name))
+
+
+def _divided(peaks: dict[Place, Bytes], case: Case, rehearsed: Case, period: int, shards: int) -> dict[Place, Bytes]:
+    held, used = (getattr(torch, spec.dtype).itemsize for spec in (case.policy, rehearsed.policy))
+    # Adapters are in float32 as they are, and a reference that stays as it is is kept in the dtype of products.
+    kinds = ["weights", *(("gradients", "optimizer") if case.policy.lora is None else ())]
+    kinds += ["reference"] if isinstance(case.reference, Synced) else []
+    wider = dict.fromkeys(kinds, held / used)
+    has_copy = any(peak.get("reference") for peak in peaks.values())
+    return divided(peaks, Gathered.of(case.policy, period, used, has_copy=has_copy), shards, wider)
 
 
 def _period(lists: list[list[object]], count: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dpo_lightning.batch import PreferenceBatch
+from dpo_lightning.memory.division import Division
 from dpo_lightning.memory.meter import Bytes, Host, Meter, Place
 from dpo_lightning.memory.stand_ins import KnownScores, layers_of, stand_in
 from dpo_lightning.models.policy import CausalPolicy
@@ -38,7 +39,13 @@ class Case(NamedTuple):
     in_pieces: bool = False
 
 
-def rehearse(module: PolicyModule, case: Case, num_layers: int | None = None, period: int = 1) -> dict[Place, Bytes]:
+def rehearse(
+    module: PolicyModule,
+    case: Case,
+    num_layers: int | None = None,
+    period: int = 1,
+    division: Division | None = None,
+) -> dict[Place, Bytes]:
     """Peaks of a training step in its steady state, with the optimizer's state there.
 
     Args:
@@ -46,6 +53,7 @@ def rehearse(module: PolicyModule, case: Case, num_layers: int | None = None, pe
         case: What is to be rehearsed.
         num_layers: Layers of the models; all unless given.
         period: Layers after which kinds of layers repeat.
+        division: How training is divided among devices; as the Trainer divides it unless given.
 
     Returns:
         Bytes by kind at the peak of every place. A place is a phase with a layer, counted from the first for the first
@@ -55,11 +63,12 @@ def rehearse(module: PolicyModule, case: Case, num_layers: int | None = None, pe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about fake tensors
         with meter, torch.device(module.device), Host():
-            _run(_double(module, case, meter, num_layers, period), case, meter)
+            double = _double(module, case, meter, num_layers, period)
+            _run(double, case, meter, division or Division.of(module.trainer))
     return meter.peaks
 
 
-def _run(module: PolicyModule, case: Case, meter: Meter) -> None:
+def _run(module: PolicyModule, case: Case, meter: Meter, division: Division) -> None:
     trainer, weights = module.trainer, [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = _optimizer(module)
     meter.kind = "gradients"
@@ -67,7 +76,8 @@ def _run(module: PolicyModule, case: Case, meter: Meter) -> None:
         weight.grad = torch.zeros_like(weight)
         weight.register_post_accumulate_grad_hook(lambda weight: meter.rename([weight.grad], "gradients"))
     # Beside them DDP keeps all gradients in buckets.
-    buckets = [torch.empty_like(weight) for weight in weights] if trainer.world_size > 1 else []
+    in_buckets = division.ranks > 1 and division.shards == 1
+    buckets = [torch.empty_like(weight) for weight in weights] if in_buckets else []
     meter.kind = "temporary"
     optimizer.step()  # makes its state
     meter.rename((value for state in optimizer.state.values() for value in state.values()), "optimizer")
@@ -100,7 +110,7 @@ def _phase(meter: Meter, name: str, kind: str = "temporary") -> Iterator[None]:
 def _double(module: PolicyModule, case: Case, meter: Meter, num_layers: int | None, period: int) -> PolicyModule:
     """A module like another, with models without weights."""
 
-    def load(spec: PolicySpec) -> CausalPolicy:
+    def load(spec: PolicySpec, weights: CausalPolicy | None = None) -> CausalPolicy:
         policy = stand_in(spec, num_layers)
         _mark_layers(policy, meter, period)
         return policy

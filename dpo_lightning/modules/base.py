@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,6 +38,9 @@ BASE_FINGERPRINT = "base_fingerprint"
 IN_MEMORY = "in_memory"
 PROVENANCE = "provenance"
 LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
+FSDP1 = """`trainer.strategy: fsdp` is PyTorch's first FSDP, under which Lightning cannot clip by norm. Use the second:
+  strategy: fsdp2
+  precision: bf16-mixed   # 16-bit products, weights and their updates in float32"""
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
 
@@ -102,6 +106,8 @@ class PolicyModule(PiecewiseModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UsageError(FSDP1)
         if stage == "fit":
             self.spec.check()
         if self._target_device().type == "cpu":
