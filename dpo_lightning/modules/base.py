@@ -21,7 +21,7 @@ from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.schedule import Schedule, lr_factor
-from dpo_lightning.modules.steps import PiecewiseModule
+from dpo_lightning.modules.resumption import ResumableModule
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.recipes import from_plain, to_plain
 
@@ -33,7 +33,7 @@ LARGE = 10_000_000  # parameters from which on products in bfloat16 save more th
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
 
-class PolicyModule(PiecewiseModule):
+class PolicyModule(ResumableModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
@@ -123,12 +123,15 @@ class PolicyModule(PiecewiseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters keep a fingerprint of the weights that are left out."""
+        super().on_save_checkpoint(checkpoint)
         if self.spec.lora is not None and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
             checkpoint[BASE_FINGERPRINT] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters see that the weights below them are those that they were trained on."""
+        super().on_load_checkpoint(checkpoint)
+        self._see_that_it_fits(checkpoint["state_dict"])
         expected = checkpoint.get(BASE_FINGERPRINT)
         if expected is None:
             return
@@ -142,6 +145,23 @@ class PolicyModule(PiecewiseModule):
                 "`policy.path` to those."
             )
 
+    def _see_that_it_fits(self, weights: dict[str, torch.Tensor]) -> None:
+        """Say in words that a checkpoint is of another module or model."""
+        if weights and not any(name.startswith(POLICY) for name in weights):
+            raise UsageError(
+                f"The checkpoint is not of a {type(self).__name__}: it has weights called {', '.join(list(weights)[:3])}"
+                f"; those of a policy begin with {POLICY!r}."
+            )
+        if self.policy is None:
+            return
+        for name, weight in self.policy.state_dict(prefix=POLICY).items():
+            if name in weights and weights[name].shape != weight.shape:
+                raise UsageError(
+                    f"The checkpoint is of another model than `policy.path` {self.spec.path}: there {name} has the "
+                    f"shape {tuple(weights[name].shape)}, here {tuple(weight.shape)}. Name the model that it was "
+                    "trained from."
+                )
+
     def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
         """Log-probabilities of the policy, shape ``(B, K)``, and what else is asked for, as in CausalPolicy."""
         if self.policy is None:
@@ -150,6 +170,7 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
+        super().on_train_start()
         self._throughput.start()
 
     def on_validation_start(self) -> None:
@@ -162,6 +183,7 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count what the step will do; shapes are known on the host."""
+        super().on_train_batch_start(batch, batch_idx)
         for piece in batch.pieces:
             self._throughput.count(piece.length.shape[0], piece.input_ids.shape[0])
 
