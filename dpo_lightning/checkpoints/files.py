@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -23,6 +24,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, none for this user, none for files of that size
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -121,12 +123,14 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> str:
     message = f"The checkpoint {path} could not be written: {error.strerror}."
-    with contextlib.suppress(OSError):
+    remedy = "Name another folder (`dirpath`)"
+    if error.errno in FULL:
         free, needed = shutil.disk_usage(path.parent).free, _num_bytes(checkpoint)
         message += f" It has about {needed / 1e6:,.0f} MB, and there {free / 1e6:,.0f} MB are free."
+        remedy = "Make room, keep fewer of them (`save_top_k`) or name another folder (`dirpath`)"
     return (
-        f"{message} Checkpoints written before it are as they were. Make room, save less often or fewer (`save_top_k`), "
-        "or name another folder (`dirpath`); then continue from the last one, as by `resume: true`."
+        f"{message} Checkpoints written before it are as they were. {remedy}; then go on from the last one, as by "
+        "`resume: true`."
     )
 
 

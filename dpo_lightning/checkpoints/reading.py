@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 from pathlib import Path
@@ -33,11 +34,9 @@ def read(path: Path, *, map_location: Any = "cpu", weights_only: bool = True) ->
     if path.is_dir():
         if not is_sharded(path):
             raise UsageError(
-                f"{path} is a folder, and no sharded checkpoint: those hold {META} and {SHARDS}. Name a checkpoint in it."
+                f"{path} is a folder, but no sharded checkpoint, or an unfinished one: those hold {META} and {SHARDS}."
             )
-        from dpo_lightning.checkpoints.folders import as_file
-
-        return as_file(path)
+        return importlib.import_module("dpo_lightning.checkpoints.folders").as_file(path)
     checkpoint = _loaded(path, map_location=map_location, weights_only=weights_only)
     if not isinstance(checkpoint, dict) or not all(name in checkpoint for name in KEYS):
         raise UsageError(
@@ -69,8 +68,12 @@ def is_sharded(folder: Path) -> bool:
 def _loaded(path: Path, **options: Any) -> Any:
     try:
         with path.open("rb") as file:
-            if file.read(len(ZIP)) != ZIP:
-                raise UsageError(f"{path} is no checkpoint, or its beginning is damaged: torch has not written it so.")
+            begins = file.read(len(ZIP)) == ZIP
+    except OSError as error:
+        raise UsageError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
+    if not begins:
+        raise UsageError(f"{path} is no checkpoint, or its beginning is damaged: torch has not written it so.")
+    try:
         return torch.load(str(path), **options)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -78,11 +81,9 @@ def _loaded(path: Path, **options: Any) -> Any:
             f"{path} holds more than tensors and plain data{f' ({named[1]})' if named else ''}, and loading that can "
             "run code. If you trust it: `weights_only: false`."
         ) from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    except (RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError) as error:
         reason = str(error).strip().split(". ")[0]
-        raise UsageError(f"{path} is cut off or damaged ({reason}). Use an earlier checkpoint.") from error
+        raise UsageError(f"{path} is cut off or damaged ({reason}); use an earlier one.") from error
 
 
 def _contents(found: Any) -> str:

@@ -20,8 +20,8 @@ from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
-from dpo_lightning.modules.schedule import Schedule, lr_factor
 from dpo_lightning.modules.resumption import ResumableModule
+from dpo_lightning.modules.schedule import Schedule, lr_factor
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.recipes import from_plain, to_plain
 
@@ -149,8 +149,8 @@ class PolicyModule(ResumableModule):
         """Say in words that a checkpoint is of another module or model."""
         if weights and not any(name.startswith(POLICY) for name in weights):
             raise UsageError(
-                f"The checkpoint is not of a {type(self).__name__}: it has weights called {', '.join(list(weights)[:3])}"
-                f"; those of a policy begin with {POLICY!r}."
+                f"The checkpoint is not of a {type(self).__name__}: its weights have names like {next(iter(weights))}, "
+                f"those of a policy begin with {POLICY!r}."
             )
         if self.policy is None:
             return

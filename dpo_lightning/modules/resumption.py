@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -40,7 +41,7 @@ class ResumableModule(PiecewiseModule):
     def __init__(self) -> None:
         super().__init__()
         self._seed: int | None = None
-        self._stands_behind_step = True
+        self._stepped_at = -1  # number of the batch behind which the last optimizer step was made
         self._standing: Standing | None = None
         self._loaded: dict[str, Any] = {}
 
@@ -52,51 +53,60 @@ class ResumableModule(PiecewiseModule):
         """Agree on the seed of the noise, and take up the training metric where a checkpoint has left it."""
         if self._seed is None:
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        self._stands_behind_step, self._standing = True, None
+        self._stepped_at, self._standing = self._batch_number, None
         loaded, self._loaded = self._loaded, {}
         if self.trainer.ckpt_path is not None and loaded.get("global_step"):
             self._take_up_metric(loaded[FIT_METRIC] or {})
-            self._standing = Standing(loaded["loops"]["fit_loop"], dict(self.metric("fit").metric_state))
+            self._standing = Standing(loaded["loops"]["fit_loop"], self._collected())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout draws the same whatever was drawn before, in validation or in an earlier part of the run."""
-        self._stands_behind_step = False
         assert self._seed is not None
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx  # type: ignore[attr-defined]
-        torch.manual_seed(noise_seed(self._seed, number, _data_rank(self.trainer)))
+        torch.manual_seed(noise_seed(self._seed, self._batch_number, _data_rank(self.trainer)))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take note of the step."""
         super().optimizer_step(*args, **kwargs)
-        self._stands_behind_step = True
+        self._stepped_at = self._batch_number
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Take note of where the step has left the run."""
-        if self._stands_behind_step:
-            loops = self.trainer.fit_loop.state_dict()  # type: ignore[attr-defined]
-            self._standing = Standing(loops, dict(self.metric("fit").metric_state))
+        if self._stepped_at == self._batch_number:
+            loops = self.trainer.fit_loop.state_dict()
+            self._standing = Standing(loops, self._collected())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep seed, versions and training metric, and stand behind an optimizer step."""
         checkpoint[VERSIONS] = versions()
         checkpoint[SEED] = self._seed
-        metric = self.metric("fit").metric_state
-        if not self._stands_behind_step:
+        metric = self._collected()
+        if self.trainer.state.fn == TrainerFn.FITTING and self._stepped_at != self._batch_number:
             if self._standing is None:
                 del checkpoint["loops"]  # nothing is learned yet: what goes on from here begins at the beginning
                 return
             checkpoint["loops"]["fit_loop"], metric = self._standing
-        checkpoint[FIT_METRIC] = {name: self.all_gather(value.float()).tolist() for name, value in metric.items()}
+        gathered = {name: self.all_gather(value.float()) for name, value in metric.items()}
+        checkpoint[FIT_METRIC] = {name: value.tolist() for name, value in gathered.items()}  # type: ignore[union-attr]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the seed; the training metric follows when training begins."""
         self._seed = checkpoint.get(SEED)
         self._loaded = {name: checkpoint.get(name) for name in ("global_step", "loops", FIT_METRIC)}
 
+    def _collected(self) -> dict[str, Tensor]:
+        """What the training metric has collected on this rank."""
+        state = self.metric("fit").metric_state
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    @property
+    def _batch_number(self) -> int:
+        """Number of the training batch in use, or of the last one, counted over all epochs."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
     def _take_up_metric(self, states: dict[str, list]) -> None:
         """Each rank its own sums, or where there are other ranks now the first one those of all."""
-        metric, world_size = self.metric("fit"), self.trainer.world_size
-        for name, value in metric.metric_state.items():
+        world_size = self.trainer.world_size
+        for name, value in self._collected().items():
             saved = torch.tensor(states.get(name, []), device=self.device)
             if saved.shape == value.shape:  # one process gathers nothing
                 saved = saved[None]
@@ -106,7 +116,7 @@ class ResumableModule(PiecewiseModule):
                 own = saved[self.trainer.global_rank]
             else:
                 own = saved.sum(0) if self.trainer.is_global_zero else torch.zeros_like(value)
-            setattr(metric, name, own)
+            setattr(self.metric("fit"), name, own)
 
 
 def noise_seed(seed: int, batch: int, rank: int) -> int:
