@@ -97,6 +97,10 @@ def same(first, second):
 PAIRS = [{"prompt": f"the film {i}", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
 
 
+def write_rows(path, some):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
 def write_workplace(folder, model):
     """A folder with pairs.jsonl and a config.yaml for the command line: 3 steps an epoch."""
     config = {
@@ -110,5 +114,5 @@ def write_workplace(folder, model):
         },
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1},
     }
-    (Path(folder) / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    write_rows(Path(folder) / "pairs.jsonl", PAIRS)
     (Path(folder) / "config.yaml").write_text(yaml.safe_dump(config))

@@ -94,7 +94,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(noisy_llama, tmp_path, settings):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(noisy_llama, tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for scores of the reference
     saver = small_runs.every_step(tmp_path)
     whole, expected = run(tmp_path, noisy_llama, callbacks=[saver], enable_checkpointing=True, **settings)
     # Within an epoch, and between two log lines, of which the second counts batches from before.
@@ -126,6 +127,19 @@ def test_a_checkpoint_made_anywhere_takes_the_batches_of_its_window_again(noisy_
     assert small_runs.same(small_runs.trained(resumed), whole)
     step = torch.load(path, weights_only=True)["global_step"]
     assert lines == [line for line in expected if line[0] >= step]
+
+
+def test_a_run_may_be_stopped_again_in_the_epoch_behind_the_one_at_whose_end_it_was(noisy_llama, tmp_path):
+    def part(ckpt_path=None, **kwargs):
+        saver = small_runs.every_step(tmp_path)
+        dpo, lines = run(tmp_path, noisy_llama, ckpt_path, callbacks=[saver], enable_checkpointing=True, **kwargs)
+        return small_runs.trained(dpo), lines
+
+    whole, expected = part()
+    part(tmp_path / "step=5.ckpt", max_steps=7)  # an epoch has 5 steps
+    resumed, lines = part(tmp_path / "step=7-v1.ckpt")
+    assert small_runs.same(resumed, whole)
+    assert lines == [line for line in expected if line[0] >= 7]
 
 
 def test_noise_does_not_hang_on_what_was_drawn_before(noisy_llama, tmp_path):

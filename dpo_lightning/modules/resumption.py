@@ -61,6 +61,12 @@ class ResumableModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout draws the same whatever was drawn before, in validation or in an earlier part of the run."""
+        progress = self.trainer.fit_loop.epoch_progress  # type: ignore[attr-defined]
+        if progress.current.ready == progress.current.processed:
+            # Lightning does not count the epoch that it begins when it resumes behind the last batch of another one;
+            # what it resumes from a checkpoint of that epoch would then begin it again.
+            progress.increment_ready()
+            progress.increment_started()
         assert self._seed is not None
         torch.manual_seed(noise_seed(self._seed, self._batch_number, _data_rank(self.trainer)))
 
