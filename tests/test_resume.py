@@ -132,7 +132,15 @@ def test_a_checkpoint_made_anywhere_takes_the_batches_of_its_window_again(noisy_
 def test_a_run_may_be_stopped_again_in_the_epoch_behind_the_one_at_whose_end_it_was(noisy_llama, tmp_path):
     def part(ckpt_path=None, **kwargs):
         saver = small_runs.every_step(tmp_path)
-        dpo, lines = run(tmp_path, noisy_llama, ckpt_path, callbacks=[saver], enable_checkpointing=True, **kwargs)
+        dpo, lines = run(
+            tmp_path,
+            noisy_llama,
+            ckpt_path,
+            callbacks=[saver],
+            enable_checkpointing=True,
+            schedule="constant",
+            **kwargs,
+        )
         return small_runs.trained(dpo), lines
 
     whole, expected = part()

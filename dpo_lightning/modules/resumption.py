@@ -61,7 +61,7 @@ class ResumableModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout draws the same whatever was drawn before, in validation or in an earlier part of the run."""
-        progress = self.trainer.fit_loop.epoch_progress  # type: ignore[attr-defined]
+        progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.current.ready == progress.current.processed:
             # Lightning does not count the epoch that it begins when it resumes behind the last batch of another one;
             # what it resumes from a checkpoint of that epoch would then begin it again.
