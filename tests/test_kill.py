@@ -156,13 +156,17 @@ def finished(folder, more=()):
 
 
 def outcome(folder):
-    """Last checkpoint, and the log of the training loss."""
+    """Last checkpoint, and the log of the training loss, of which a step that was made twice may have two lines."""
     logs = folder / "lightning_logs"
     assert [run.name for run in logs.iterdir()] == ["version_0"]
     checkpoint = torch.load(last_checkpoint(logs / "version_0" / "checkpoints"), weights_only=True)
     assert checkpoint["global_step"] == STEPS
     events = EventAccumulator(str(logs / "version_0")).Reload().Scalars("train/loss")
-    return checkpoint["state_dict"], checkpoint["optimizer_states"], [(point.step, point.value) for point in events]
+    return (
+        checkpoint["state_dict"],
+        checkpoint["optimizer_states"],
+        sorted({(point.step, point.value) for point in events}),
+    )
 
 
 def same(first, second):
