@@ -9,6 +9,7 @@ import warnings
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.callbacks import ExportHF, GracefulStop, MemoryPlan, ProgressBar
+from dpo_lightning.checkpoints.files import CheckpointFiles
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
@@ -26,10 +28,11 @@ from dpo_lightning.inspection import InspectingTrainer
 from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references import Reference
+from dpo_lightning.resuming import KeepConfig, go_on, last_of
 
 COMPONENTS = (PreferenceLoss, Reference, Source, Format, PolicyModule, LightningDataModule, Callback)
 TOP_LEVEL = (
-    *("seed_everything", "model", "data", "optimizer", "lr_scheduler", "trainer", "ckpt_path"),
+    *("seed_everything", "model", "data", "optimizer", "lr_scheduler", "trainer", "ckpt_path", "resume"),
     *(f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters),
 )
 
@@ -58,6 +61,12 @@ class DPOLightningCLI(LightningCLI):
         )
         for name in ("optimizer", "lr_scheduler"):
             parser.link_arguments(name, f"model.init_args.{name}")
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="For fit: go on from the last checkpoint of an earlier run of this command, where there is one.",
+        )
         parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_tokenizer_of, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -83,7 +92,26 @@ class DPOLightningCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and config["plugins"] is None:
             # Requeueing is the batch script's (configs/slurm): Lightning's would lose the batch in flight.
             config["plugins"] = [SLURMEnvironment(auto_requeue=False)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _write_whole_files(trainer)
+        return trainer
+
+    def before_fit(self) -> None:
+        """Find the checkpoint to go on from, where one is to be found, before any rank writes."""
+        config = self.config_init[self.subcommand]
+        resume, path = config["resume"], config["ckpt_path"]
+        if resume and path not in (None, "last"):
+            raise UsageError("Both `resume` and `ckpt_path` are given; keep one of the two.")
+        if resume or path == "last":
+            config["ckpt_path"] = go_on(self.trainer, required=not resume)
+
+    def before_validate(self) -> None:
+        """Find the last checkpoint, where that is asked for."""
+        config = self.config_init[self.subcommand]
+        if config["ckpt_path"] == "last":
+            config["ckpt_path"] = last_of(self.trainer)
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Say where things were written, on the first rank."""
@@ -108,6 +136,16 @@ class DPOLightningCLI(LightningCLI):
                 print(f"  {name:20} {place}")
 
 
+def _write_whole_files(trainer: Trainer) -> None:
+    """Write checkpoints so that a kill costs none, unless the user or the strategy has a way of its own."""
+    try:
+        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:
+        return
+    if plain:
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+
+
 def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
 
@@ -126,6 +164,7 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # modules record their own hyperparameters, as plain data
         seed_everything_default=0,
+        save_config_callback=KeepConfig,
         save_config_kwargs={"overwrite": True},
         trainer_class=InspectingTrainer,
         trainer_defaults={"inference_mode": False},

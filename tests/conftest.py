@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import small_runs
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -100,6 +101,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same, wide enough for the blocks of 64 weights that 4 bits share a scale in."""
     return _save_llama(tmp_path_factory.mktemp("wide") / "llama", width=64)
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_llama, monkeypatch):
+    """A folder with pairs.jsonl and config.yaml, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
+    small_runs.write_workplace(tmp_path, tiny_llama)
+    return tmp_path
 
 
 def _save_llama(folder: Path, width: int) -> str:

@@ -1,6 +1,10 @@
 """Small fits of a tiny model that tests of several folders share."""
 
+import json
+from pathlib import Path
+
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -88,3 +92,27 @@ def trained(module):
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+PAIRS = [{"prompt": f"the film {i}", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
+
+
+def write_rows(path, some):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def write_workplace(folder, model):
+    """A folder with pairs.jsonl and a config.yaml for the command line: 3 steps an epoch."""
+    config = {
+        "model": {
+            "class_path": "DPOModule",
+            "init_args": {"policy": {"path": str(model)}, "loss": {"class_path": "DPOLoss"}, "lr": 1e-3},
+        },
+        "data": {
+            "class_path": "PreferenceDataModule",
+            "init_args": {"train": "pairs.jsonl", "val_fraction": 0.25, "batch_size": 4},
+        },
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1},
+    }
+    write_rows(Path(folder) / "pairs.jsonl", PAIRS)
+    (Path(folder) / "config.yaml").write_text(yaml.safe_dump(config))

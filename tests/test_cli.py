@@ -5,38 +5,13 @@ import sys
 import pytest
 import torch
 import yaml
+from small_runs import PAIRS
 
 import dpo_lightning.cli
 from dpo_lightning import DPOModule
 from dpo_lightning.callbacks import LogSamples
 from dpo_lightning.cli import COMPONENTS, TOP_LEVEL
 from dpo_lightning.explain import explain
-
-PAIRS = [{"prompt": f"the film {i}", "chosen": f" was good {i}", "rejected": f" was bad {i}"} for i in range(12)]
-
-
-def config(model, data, **init_args):
-    return {
-        "model": {
-            "class_path": "DPOModule",
-            "init_args": {"policy": {"path": model}, "loss": {"class_path": "DPOLoss"}, "lr": 1e-3},
-        },
-        "data": {
-            "class_path": "PreferenceDataModule",
-            "init_args": {"train": data, "val_fraction": 0.25, "batch_size": 4, **init_args},
-        },
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1},
-    }
-
-
-@pytest.fixture
-def workplace(tmp_path, tiny_llama, monkeypatch):
-    """A folder with pairs.jsonl and config.yaml, as the current one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["dpo-lightning"])
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tiny_llama, "pairs.jsonl")))
-    return tmp_path
 
 
 def mistake(arguments, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -60,9 +61,22 @@ class LogSamples(Callback):
         self.after: tuple[list[Continuation], dict[str, float]] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        """Sample from the policy as training finds it."""
+        """Sample from the policy as training finds it, if a run that goes on has not done so when it began."""
         self._tokenizer = pl_module.spec.load_tokenizer()
-        self.before = self._sample(trainer, pl_module)
+        if self.before is None or trainer.ckpt_path is None:
+            self.before = self._sample(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples from before training."""
+        if self.before is None:
+            return {}
+        continuations, figures = self.before
+        return {"prompts": self.prompts, "before": [tuple(one) for one in continuations], "figures": figures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up, unless the prompts are others now."""
+        if state_dict.get("prompts") == self.prompts:
+            self.before = [Continuation(*one) for one in state_dict["before"]], state_dict["figures"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Sample from the policy as it stands."""

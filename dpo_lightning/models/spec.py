@@ -61,8 +61,7 @@ class PolicySpec:
         activation_checkpointing: Compute activations again in backward instead of keeping them: of every layer, or
             of every n-th.
         compile: Compile the decoder layers, which takes a minute at the start and then saves about a tenth of a step.
-        dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios. A resumed run then
-            draws other noise than an uninterrupted one.
+        dropout: Keep the config's dropout; off by default, since its noise enters the log-ratios.
         lora: Train low-rank adapters instead of the weights themselves.
         quantize: Keep the weights in 8 or 4 bits, by bitsandbytes; to be trained, they need adapters.
         trust_remote_code: Run model code that comes with the weights.

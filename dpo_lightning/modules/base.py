@@ -26,8 +26,9 @@ from dpo_lightning.models.shard import Sharding
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.gradients import clip_by_norm, clip_by_value, gradients_of, total_norm
 from dpo_lightning.modules.guard import Guard, Run
+from dpo_lightning.modules.resumption import ResumableModule
 from dpo_lightning.modules.schedule import Schedule, lr_factor
-from dpo_lightning.modules.steps import PiecewiseModule, data_ranks
+from dpo_lightning.modules.steps import data_ranks
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.recipes import from_plain, to_plain
 
@@ -44,7 +45,7 @@ FSDP1 = """`trainer.strategy: fsdp` is PyTorch's first FSDP, under which Lightni
 DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
 
-class PolicyModule(PiecewiseModule):
+class PolicyModule(ResumableModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
@@ -149,6 +150,7 @@ class PolicyModule(PiecewiseModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the last validation and a fingerprint of what is below adapters; behind a bad step nothing is saved."""
         self._guard.check()
+        super().on_save_checkpoint(checkpoint)
         checkpoint[PROVENANCE] = self.provenance()
         if self.spec.has_adapters and self.policy is not None:
             self._base_fingerprint = self._base_fingerprint or base_fingerprint(self.policy)
@@ -156,6 +158,8 @@ class PolicyModule(PiecewiseModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Under adapters see that the weights below them are those that they were trained on."""
+        super().on_load_checkpoint(checkpoint)
+        self._see_that_it_fits(checkpoint.get("state_dict", {}))
         self._validation = checkpoint.get(PROVENANCE, {}).get("validation")
         expected = checkpoint.get(BASE_FINGERPRINT)
         if expected is None:
@@ -170,6 +174,23 @@ class PolicyModule(PiecewiseModule):
                 "now; set `policy.path` to those, or hand over a model that has them."
             )
 
+    def _see_that_it_fits(self, weights: dict[str, torch.Tensor]) -> None:
+        """Say in words that a checkpoint is of another module or model."""
+        if weights and not any(name.startswith(POLICY) for name in weights):
+            raise UsageError(
+                f"The checkpoint is not of a {type(self).__name__}: its weights have names like {next(iter(weights))}, "
+                f"those of a policy begin with {POLICY!r}."
+            )
+        if self.policy is None:
+            return
+        for name, weight in self.policy.state_dict(prefix=POLICY).items():
+            if name in weights and weights[name].shape != weight.shape:
+                raise UsageError(
+                    f"The checkpoint is of another model than `policy.path` {self.spec.path}: there {name} has the "
+                    f"shape {tuple(weights[name].shape)}, here {tuple(weight.shape)}. Name the model that it was "
+                    "trained from."
+                )
+
     def forward(self, batch: PreferenceBatch, reference: Outputs | None = None, collision: bool = False) -> Logps:
         """Log-probabilities of the policy, shape ``(B, K)``, and what else is asked for, as in CausalPolicy."""
         if self.policy is None:
@@ -178,6 +199,7 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput, and watch what is learnt."""
+        super().on_train_start()
         self._throughput.start()
         run, strategy = self.trainer, self.trainer.strategy
         folder = Path(run.log_dir or run.default_root_dir)
@@ -199,6 +221,7 @@ class PolicyModule(PiecewiseModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count what the step will do; shapes are known on the host."""
+        super().on_train_batch_start(batch, batch_idx)
         self._guard.begin(batch)
         for piece in batch.pieces:
             self._throughput.count(piece.length.shape[0], piece.input_ids.shape[0])
