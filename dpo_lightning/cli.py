@@ -9,7 +9,6 @@ import warnings
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,7 +18,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from transformers.utils import logging as transformers_logging
 
 from dpo_lightning.callbacks import ExportHF, GracefulStop, MemoryPlan, ProgressBar
-from dpo_lightning.checkpoints.files import CheckpointFiles
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
@@ -92,9 +90,7 @@ class DPOLightningCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and config["plugins"] is None:
             # Requeueing is the batch script's (configs/slurm): Lightning's would lose the batch in flight.
             config["plugins"] = [SLURMEnvironment(auto_requeue=False)]
-        trainer = super().instantiate_trainer(**kwargs)
-        _write_whole_files(trainer)
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from, where one is to be found, before any rank writes."""
@@ -134,16 +130,6 @@ class DPOLightningCLI(LightningCLI):
         for name, place in places.items():
             if place:
                 print(f"  {name:20} {place}")
-
-
-def _write_whole_files(trainer: Trainer) -> None:
-    """Write checkpoints so that a kill costs none, unless the user or the strategy has a way of its own."""
-    try:
-        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
-    except NotImplementedError:
-        return
-    if plain:
-        trainer.strategy.checkpoint_io = CheckpointFiles()
 
 
 def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:

@@ -35,7 +35,7 @@ ALLOWED = {
         "errors",
     },
     "memory": {"batch", "models", "modules", "references", "paths"},
-    "strategies": {"models", "errors"},
+    "strategies": {"checkpoints", "models", "errors"},
     "export": {"losses", "models", "modules", "recipes", *FOUNDATION},
     "callbacks": {"batch", "export", "memory", "data", "generation", "models", "modules", "errors"},
     "explain": set(),

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from dpo_lightning.checkpoints.reading import read
@@ -28,7 +29,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, none for this user,
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints of one file that are whole or not there: ``Trainer(plugins=[CheckpointFiles()])``.
+    """Checkpoints of one file that are whole or not there.
+
+    Modules of this package have every Trainer use it that has no way of its own.
 
     A checkpoint goes straight to the disk, under another name until all of it is there, without a copy in memory. It
     is read with ``weights_only=True`` unless told otherwise. Addresses that are no local paths are left to Lightning.
@@ -59,6 +62,16 @@ class CheckpointFiles(TorchCheckpointIO):
         return read(Path(path), map_location=map_location, weights_only=weights_only)
 
 
+def write_whole_files(trainer: Trainer) -> None:
+    """Write and read checkpoints so, unless the user or the strategy has a way of its own."""
+    try:
+        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:
+        return
+    if plain:
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+
+
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
@@ -70,10 +83,10 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         with _whole_file(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        reason = _system_error(error)
+        reason = system_error(error)
         if reason is None:
             raise
-        raise UsageError(_cannot_write(checkpoint, path, reason)) from error
+        raise UsageError(cannot_write(path, reason, num_bytes(checkpoint))) from error
 
 
 @contextlib.contextmanager
@@ -95,7 +108,7 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 def _remove_abandoned(folder: Path) -> None:
     """What runs that were killed while they wrote have left."""
-    for unfinished in folder.glob(f".*{UNFINISHED}"):
+    for unfinished in filter(Path.is_file, folder.glob(f".*{UNFINISHED}")):
         with contextlib.suppress(FileNotFoundError), unfinished.open("rb") as file:
             if _try_to_lock(file):
                 unfinished.unlink()
@@ -114,18 +127,19 @@ def _try_to_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _system_error(error: BaseException | None) -> OSError | None:
+def system_error(error: BaseException | None) -> OSError | None:
     """The system's reason; torch closes a file that it could not write with an error of its own over that."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError, needed: int) -> str:
+    """Why a checkpoint of so many bytes could not be written, and what helps."""
     message = f"The checkpoint {path} could not be written: {error.strerror}."
     remedy = "Name another folder (`dirpath`)"
     if error.errno in FULL:
-        free, needed = shutil.disk_usage(path.parent).free, _num_bytes(checkpoint)
+        free = shutil.disk_usage(path.parent).free
         message += f" It has about {needed / 1e6:,.0f} MB, and there {free / 1e6:,.0f} MB are free."
         remedy = "Make room, keep fewer of them (`save_top_k`) or name another folder (`dirpath`)"
     return (
@@ -134,7 +148,7 @@ def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> str
     )
 
 
-def _num_bytes(checkpoint: Any) -> int:
+def num_bytes(checkpoint: Any) -> int:
     """Bytes of all tensors, those that share memory counted once."""
     return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(checkpoint)}.values())
 

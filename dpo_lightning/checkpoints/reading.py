@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import re
 from pathlib import Path
@@ -18,13 +17,16 @@ ZIP = b"PK\x03\x04"  # how files of torch begin
 KEYS = ("pytorch-lightning_version", "state_dict")  # of every checkpoint that a Trainer writes
 
 
-def read(path: Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+def read(
+    path: Path, *, map_location: Any = "cpu", weights_only: bool = True, mmap: bool | None = None
+) -> dict[str, Any]:
     """The checkpoint in a file, or in a folder of shards.
 
     Args:
         path: The file or folder.
         map_location: As in ``torch.load``.
         weights_only: Refuse all but tensors and plain data; what else a file holds can run code when it is loaded.
+        mmap: Leave tensors on the disk until they are looked at.
 
     Raises:
         UsageError: If there is none, or it is damaged, or something else.
@@ -36,8 +38,10 @@ def read(path: Path, *, map_location: Any = "cpu", weights_only: bool = True) ->
             raise UsageError(
                 f"{path} is a folder, but no sharded checkpoint, or an unfinished one: those hold {META} and {SHARDS}."
             )
-        return importlib.import_module("dpo_lightning.checkpoints.folders").as_file(path)
-    checkpoint = _loaded(path, map_location=map_location, weights_only=weights_only)
+        from dpo_lightning.checkpoints.folders import as_file
+
+        return as_file(path)
+    checkpoint = _loaded(path, map_location=map_location, weights_only=weights_only, mmap=mmap)
     if not isinstance(checkpoint, dict) or not all(name in checkpoint for name in KEYS):
         raise UsageError(
             f"{path} is no checkpoint of a Trainer: {_contents(checkpoint)}. Weights alone begin a run by "

@@ -72,9 +72,13 @@ class CausalPolicy(nn.Module):
             outputs_alone: Give what log-probabilities are computed from instead, as :meth:`outputs` does.
         """
         outputs = self._outputs(batch)
+        if outputs_alone and is_sharded(self) and outputs.weight is not None:
+            return outputs._replace(weight=outputs.weight.clone())  # what is gathered may be gone behind the forward
         if outputs_alone:
             return outputs
         logps = score(outputs, batch)
+        if is_sharded(self):  # whose hooks on what is returned a view would lose
+            logps = logps._replace(total=logps.total.clone())
         return logps._replace(
             collision=log_collision(outputs) if collision else None,
             kl=None if reference is None else token_kl(reference, outputs),
@@ -82,11 +86,7 @@ class CausalPolicy(nn.Module):
 
     def outputs(self, batch: PreferenceBatch) -> Outputs:
         """Hidden states that predict the scored tokens, in the order of ``batch.target``, and the output head."""
-        outputs = self(batch, outputs_alone=True)
-        # Divided weights are gathered while the policy runs, and no longer.
-        if is_sharded(self) and outputs.weight is not None:
-            return outputs._replace(weight=outputs.weight.clone())
-        return outputs
+        return self(batch, outputs_alone=True)
 
     def generate(self, **kwargs: Any) -> Any:
         """What the model's own ``generate`` does; with divided weights all ranks have to call it alike."""

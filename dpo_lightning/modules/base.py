@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from dpo_lightning.batch import Batch, Logps, PreferenceBatch
+from dpo_lightning.checkpoints.files import write_whole_files
 from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
@@ -109,6 +110,8 @@ class PolicyModule(ResumableModule):
         """Find out what cannot be done before any weight is loaded."""
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             raise UsageError(FSDP1)
+        if self._trainer is not None:
+            write_whole_files(self.trainer)
         if stage == "fit":
             self.spec.check()
         if self._target_device().type == "cpu":

@@ -109,7 +109,7 @@ class ReferencedModule(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """From here on the policy in memory is a trained one, and no longer its own reference."""
         super().on_load_checkpoint(checkpoint)
-        if any(name.startswith(REFERENCE) for name in checkpoint["state_dict"]):
+        if any(name.startswith(REFERENCE) for name in checkpoint.get("state_dict", {})):
             self._build_reference()  # its weights are to be loaded too
         self._expected_fingerprint = checkpoint.get(FINGERPRINT)
         if not self.spec.can_be_rebuilt:

@@ -155,7 +155,9 @@ class FrozenPolicy(ReferenceModel):
         self.train(False)
         self.fingerprint = fingerprint(self)
         self._autocast = None if is_sharded(policy) else autocast
-        if is_sharded(policy) and autocast is not None:
+        if is_sharded(policy):
+            policy.set_reshard_after_forward(True)  # type: ignore[operator]  # nothing runs backward
+        if autocast is not None and is_sharded(policy):
             policy.to(autocast)
         elif autocast is not None and not isinstance(policy, LogitsPolicy):  # who may read weights in ways of its own
             narrow_linear_layers(policy.model, autocast)

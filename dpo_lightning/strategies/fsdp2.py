@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -10,6 +12,9 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 
+from dpo_lightning.checkpoints.folders import load_file, load_folder, save_folder
+from dpo_lightning.checkpoints.reading import is_sharded as is_complete
+from dpo_lightning.checkpoints.reading import read
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.shard import Sharding
 
@@ -75,6 +80,33 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise UsageError(f"`trainer.precision: {plugin.precision}` does not go with fsdp2; use bf16-mixed.")
             plugin, self._compute_dtype = GatheredPrecision(), torch.bfloat16
         Strategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder, every rank its part, or one file, whole or not at all.
+
+        Raises:
+            UsageError: If it cannot be written.
+        """
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+            save_folder(checkpoint, path)
+        else:
+            Strategy.save_checkpoint(self, checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Take up weights and optimizers of a checkpoint, a folder or a file, by whatever strategy it was written.
+
+        Raises:
+            UsageError: If there is none, or it is damaged, or something else.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        if path.is_dir() and is_complete(path):
+            return load_folder(path, self.model, self.optimizers)
+        trusted = True if weights_only is None else weights_only
+        return load_file(read(path, weights_only=trusted, mmap=True), self.model, self.optimizers)
 
     def setup_environment(self) -> None:
         """Arrange the devices, those of tensor parallelism next to each other."""
