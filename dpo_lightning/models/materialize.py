@@ -40,8 +40,14 @@ def to_meta(model: nn.Module) -> set[str]:
     Returns:
         Names of the others, which have values.
     """
-    _replace(model, lambda weight: weight if _has_storage(weight) else torch.empty_like(weight, device="meta"))
-    return {name for name, weight in model.named_parameters() if not weight.is_meta}
+
+    def there(weight: Tensor) -> Tensor:
+        if _has_storage(weight):
+            return weight.contiguous()  # as FSDP2 wants it
+        return torch.empty_like(weight, device="meta")
+
+    _replace(model, there)
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.is_meta}
 
 
 def from_meta(model: nn.Module) -> None:
@@ -74,34 +80,37 @@ def _has_storage(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def fill(model: nn.Module, readers: Mapping[str, Reader]) -> set[str]:
-    """Give the part of every weight that lies here its values.
+    """Give the part of every weight that lies here its values, and buffers those that are stored.
 
     Args:
         model: The model, whose weights may be divided among ranks.
-        readers: How a part of a weight is read, by its name; of one that has several names, by any of them.
+        readers: How a part of a weight is read, by its names.
 
     Returns:
         Names of weights that got none.
     """
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
+    names: dict[Tensor, list[str]] = {}
+    for name, weight in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         names.setdefault(weight, []).append(name)
     missed: set[str] = set()
     for weight, known_as in names.items():
         stored = next((name for name in known_as if name in readers), None)
         target = local(weight)
-        if stored is None:
+        if stored is not None and target.numel():
+            target.copy_(readers[stored](local_box(weight)))
+        elif stored is None and isinstance(weight, nn.Parameter):
             missed.update(known_as)
-        elif target.numel():
-            target.copy_(readers[stored](local_box(weight)).view(target.shape))
     return missed
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy the weights of a model into another that is divided in the same way."""
-    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        local(ours).copy_(local(theirs))
+    """Copy weights and buffers of a model into another that is divided in the same way."""
+    for module in (m for m in source.modules() if isinstance(m, FSDPModule)):
+        module.reshard()  # what a forward has left whole
+    for of in (nn.Module.parameters, nn.Module.buffers):
+        for ours, theirs in zip(of(target), of(source), strict=True):
+            local(ours).copy_(local(theirs))
 
 
 def begin_gathering(model: nn.Module) -> None:
@@ -121,6 +130,8 @@ def take_random_state_of_first_rank(device: torch.device) -> None:
 
 def _fill_buffers(model: PreTrainedModel) -> bool:
     """Whether every buffer has the value that its family computes for it: two different fillings have to vanish."""
+    if any(isinstance(value, Tensor) and value.is_meta for part in model.modules() for value in vars(part).values()):
+        return False  # a tensor that is no buffer, which nobody computes
     owners = [module for module in model.modules() if next(module.buffers(recurse=False), None) is not None]
     results: list[list[Tensor]] = []
     for filling in (0, 1):

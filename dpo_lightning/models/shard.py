@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -127,11 +127,10 @@ def local_box(tensor: Tensor) -> Box:
     if isinstance(tensor, DTensor):
         # Tensor parallelism divides first, and data parallelism what that leaves.
         for dimension in reversed(range(tensor.device_mesh.ndim)):
-            placement = tensor.placements[dimension]
-            if placement.is_shard():
-                assert isinstance(placement, Shard)
+            divided = divided_dimension(tensor.placements[dimension])
+            if divided is not None:
                 parts, place = tensor.device_mesh.size(dimension), tensor.device_mesh.get_local_rank(dimension)
-                box[placement.dim] = _chunk(box[placement.dim], parts, place)
+                box[divided] = _chunk(box[divided], parts, place)
     return tuple(slice(part.start, part.stop) for part in box)
 
 
@@ -139,6 +138,13 @@ def _chunk(whole: range, parts: int, place: int) -> range:
     """What ``torch.chunk`` gives."""
     size = -(-len(whole) // parts)
     return whole[place * size : (place + 1) * size]
+
+
+def divided_dimension(placement: Placement) -> int | None:
+    """Which dimension of a tensor a placement divides, if any."""
+    if placement.is_replicate() or placement.is_partial():
+        return None
+    return placement.dim  # type: ignore[attr-defined]  # not of Shard alone: what was divided before has another class
 
 
 def is_zero(tensor: Tensor) -> bool:
@@ -153,5 +159,5 @@ def is_zero(tensor: Tensor) -> bool:
 def sharding_groups(tensor: DTensor) -> Iterable[torch.distributed.ProcessGroup]:
     """The groups of ranks that hold different parts of a tensor."""
     for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+        if divided_dimension(placement) is not None:
             yield tensor.device_mesh.get_group(dimension)

@@ -196,8 +196,9 @@ class PolicySpec:
     def _build_sharded(
         self, config: PretrainedConfig, layout: Layout, sharding: Sharding, weights: CausalPolicy | None
     ) -> CausalPolicy:
-        if self.quantize is not None:
-            raise UsageError("`policy.quantize`: packed weights cannot be divided among devices; use `strategy: ddp`.")
+        if self.quantize is not None or getattr(config, "quantization_config", None) is not None:
+            where = "`policy.quantize`" if self.quantize is not None else f"`policy.path`: {self.path} is quantised"
+            raise UsageError(f"{where}: packed weights cannot be divided among devices; use `strategy: ddp`.")
         take_random_state_of_first_rank(sharding.device)
         model, readers = self._without_storage(config, read=weights is None)
         if model is None:
@@ -210,9 +211,7 @@ class PolicySpec:
         if weights is not None:
             copy_weights(weights, policy)
         else:
-            below = {
-                name: name_below_adapters(name) for name, _ in policy.model.named_parameters(remove_duplicate=False)
-            }
+            below = {name: name_below_adapters(name) for name in policy.model.state_dict()}
             missed = fill(policy.model, {name: readers[plain] for name, plain in below.items() if plain in readers})
             if missed - real:
                 raise UsageError(f"`policy.path`: {self.path} lacks weights: {', '.join(sorted(missed - real)[:3])}.")

@@ -1,0 +1,97 @@
+"""Models divided among the ranks of a pool, held against whole ones: every function runs on each rank."""
+
+import io
+import logging
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from dpo_lightning.batch import lay_out
+from dpo_lightning.errors import UsageError
+from dpo_lightning.models.adapters import base_fingerprint
+from dpo_lightning.models.fingerprint import fingerprint
+from dpo_lightning.models.shard import DATA, TENSOR, Sharding, local
+from dpo_lightning.models.spec import PolicySpec
+
+BATCH = [(list(range(8, 19)), [[20, 31, 42, 53], [9, 8]]), ([30, 40], [[50, 60, 70], [11, 12, 13, 14, 15]])]
+
+
+def sharding(tensor_parallel_size=1, **kwargs):
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    shape = (distributed.get_world_size() // tensor_parallel_size, tensor_parallel_size)
+    return Sharding(mesh=init_device_mesh("cpu", shape, mesh_dim_names=(DATA, TENSOR)), **kwargs)
+
+
+def build(spec, tensor_parallel_size=1):
+    """The divided model, of ranks that are seeded differently, and the plain one by the seed of the first."""
+    divided = sharding(tensor_parallel_size)
+    torch.manual_seed(distributed.get_rank())
+    policy = spec.build(sharding=divided)
+    torch.manual_seed(0)
+    return policy, spec.build()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unequal(policy, plain):
+    """Names of weights and buffers that differ in any bit, and what only one of the two has."""
+    mine, its = ({**dict(m.named_buffers()), **m.state_dict()} for m in (policy, plain))
+    wrong = sorted(mine.keys() ^ its.keys())
+    for name in sorted(mine.keys() & its.keys()):  # full_tensor is a call of all ranks
+        ours, theirs = whole(mine[name]).detach(), its[name]
+        if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            wrong.append(name)
+    trained = ({name for name, weight in m.named_parameters() if weight.requires_grad} for m in (policy, plain))
+    return wrong + sorted(set.symmetric_difference(*trained))
+
+
+@torch.no_grad()
+def compare(spec, tensor_parallel_size=1):
+    """How a divided model differs from the plain one."""
+    policy, plain = build(spec, tensor_parallel_size)
+    batch = lay_out(BATCH)
+    held = sum(local(weight).numel() for weight in policy.parameters())
+    result = {
+        "unequal": unequal(policy, plain),
+        "share": held / sum(weight.numel() for weight in plain.parameters()),
+        "fingerprint": fingerprint(policy) == fingerprint(plain),
+        "base": base_fingerprint(policy) == base_fingerprint(plain),
+        "logps": (policy.eval()(batch).total - plain.eval()(batch).total).abs().max().item(),
+    }
+    with torch.random.fork_rng([]):
+        twin = spec.build(sharding=sharding(tensor_parallel_size), weights=policy)
+    assert not any(local(a).data_ptr() == local(b).data_ptr() != 0 for a, b in both(policy, twin))
+    return {**result, "twin": unequal(twin, plain)}
+
+
+def both(first, second):
+    return zip(first.parameters(), second.parameters(), strict=True)
+
+
+def warned(spec):
+    """What is said while a model is built."""
+    from dpo_lightning.models import spec as module
+
+    module._say_that_ranks_load_all.cache_clear()
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    module.log.addHandler(handler)
+    try:
+        spec.build(sharding=sharding())
+    finally:
+        module.log.removeHandler(handler)
+    return said.getvalue()
+
+
+def refusal(spec, tensor_parallel_size=1):
+    """In what words a model is refused."""
+    try:
+        spec.build(sharding=sharding(tensor_parallel_size))
+    except UsageError as error:
+        return str(error)
+    return None
