@@ -15,8 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from notices import Notice
-from small_runs import Losses, data, module, rows, trainer, weights
-from test_cli import config as cli_config
+from small_runs import Losses, data, module, rows, trainer, weights, write_rows, write_workplace
 from torch.utils.data import DataLoader
 
 from dpo_lightning.callbacks import GracefulStop
@@ -131,7 +130,9 @@ def test_workers_outlive_notices_but_not_their_parents_word():
 @pytest.fixture
 def workplace(tmp_path, tiny_llama):
     """A folder with config.yaml for two ranks and eight steps."""
-    config = cli_config(tiny_llama, str(tmp_path / "pairs.jsonl"), val_fraction=0.0, num_workers=1)
+    write_workplace(tmp_path, tiny_llama)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["data"]["init_args"].update(train=str(tmp_path / "pairs.jsonl"), val_fraction=0.0, num_workers=1)
     config["trainer"].update(
         devices=2,
         strategy="ddp",
@@ -141,7 +142,7 @@ def workplace(tmp_path, tiny_llama):
         callbacks=[{"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "saved")}}],
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(32)))
+    write_rows(tmp_path / "pairs.jsonl", rows(32))
     return tmp_path
 
 

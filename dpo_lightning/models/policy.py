@@ -71,7 +71,7 @@ class CausalPolicy(nn.Module):
             collision: Whether the collision probability at every token is asked for.
             outputs_alone: Give what log-probabilities are computed from instead, as :meth:`outputs` does.
         """
-        outputs = self._outputs(batch)
+        outputs = self.compute_outputs(batch)
         if outputs_alone and is_sharded(self) and outputs.weight is not None:
             return outputs._replace(weight=outputs.weight.clone())  # what is gathered may be gone behind the forward
         if outputs_alone:
@@ -92,7 +92,8 @@ class CausalPolicy(nn.Module):
         """What the model's own ``generate`` does; with divided weights all ranks have to call it alike."""
         return self.model.generate(**kwargs)  # type: ignore[operator]
 
-    def _outputs(self, batch: PreferenceBatch) -> Outputs:
+    def compute_outputs(self, batch: PreferenceBatch) -> Outputs:
+        """What :meth:`outputs` gives; a policy of another kind overrides this."""
         if self._context is not None and batch.max_key > self._context:
             _warn_of_length(batch.max_key, self._context)
         hidden, source = self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)
@@ -140,7 +141,7 @@ class LogitsPolicy(CausalPolicy):
         """As the module does it."""
         return nn.Module._apply(self, fn, recurse)
 
-    def _outputs(self, batch: PreferenceBatch) -> Outputs:
+    def compute_outputs(self, batch: PreferenceBatch) -> Outputs:
         """Logits that predict the scored tokens, in the order of ``batch.target``.
 
         Raises:
