@@ -4,6 +4,7 @@ import io
 import logging
 
 import torch
+from strategy_runs import train
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.shard import DATA, TENSOR, Sharding, local
-from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.strategies import FSDP2Strategy
 
 BATCH = [(list(range(8, 19)), [[20, 31, 42, 53], [9, 8]]), ([30, 40], [[50, 60, 70], [11, 12, 13, 14, 15]])]
 
@@ -95,3 +96,9 @@ def refusal(spec, tensor_parallel_size=1):
     except UsageError as error:
         return str(error)
     return None
+
+
+def train_in_parallel(model, folder, tensor_parallel_size, devices, **kwargs):
+    """A fit whose layers are divided among devices in two ways."""
+    strategy = FSDP2Strategy(tensor_parallel_size=tensor_parallel_size)
+    return train(model, folder, strategy, devices, **kwargs)

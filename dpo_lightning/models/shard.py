@@ -67,7 +67,8 @@ def shard_layers(policy: nn.Module, model: PreTrainedModel, sharding: Sharding) 
         sharding: The devices.
     """
     gathered = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=torch.float32)
-    plan = tensor_parallel_plan(model) if sharding.mesh[TENSOR].size() > 1 else {}
+    together = sharding.mesh[TENSOR].size()
+    plan = tensor_parallel_plan(model, together) if together > 1 else {}
     for layer in decoder_layers(model, "`trainer.strategy: fsdp2`"):
         if plan:
             parallelize_module(layer, sharding.mesh[TENSOR], plan, src_data_rank=None)
@@ -76,13 +77,19 @@ def shard_layers(policy: nn.Module, model: PreTrainedModel, sharding: Sharding) 
     register_fsdp_forward_method(policy, "generate")
 
 
-def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(model: PreTrainedModel, devices: int) -> dict[str, ParallelStyle]:
     """How the parts of a decoder layer are divided, as its family says.
 
+    Args:
+        model: The model.
+        devices: Number of devices that share a layer.
+
     Raises:
-        UsageError: If the family has no plan, or one that asks for more than dividing linear layers.
+        UsageError: If the family has no plan, or one that asks for more than dividing linear layers, or what it divides
+            is no multiple of the devices or has adapters.
     """
-    said = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    config = model.config.get_text_config()
+    said = getattr(config, "base_model_tp_plan", None) or {}
     plan = {name.removeprefix("layers.*."): style for name, style in said.items() if name.startswith("layers.*.")}
     unknown = sorted({style for style in plan.values() if style not in STYLES})
     if not plan or unknown:
@@ -91,6 +98,17 @@ def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, ParallelStyle]:
             f"`tensor_parallel_size`: {model.config.model_type} {reason}, and only linear layers are divided by "
             "columns and rows here; leave it at 1."
         )
+    if getattr(model, "peft_config", None):
+        raise UsageError(
+            "`tensor_parallel_size`: layers with adapters are not divided; leave it at 1, or leave out `policy.lora`."
+        )
+    divided = {
+        name: getattr(config, name, None) or devices
+        for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    }
+    odd = [f"{name} {size}" for name, size in divided.items() if size % devices]
+    if odd:
+        raise UsageError(f"`tensor_parallel_size` {devices} does not divide the model's {', '.join(odd)}.")
     return {name: STYLES[style]() for name, style in plan.items()}
 
 

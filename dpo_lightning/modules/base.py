@@ -256,7 +256,7 @@ class PolicyModule(ResumableModule):
         metric.reset()
         self.log("train/grad_norm", norm)
         for name, value in self._throughput.per_second().items():
-            self.log(f"train/{name}", value, sync_dist=True, reduce_fx="sum")
+            self.log(f"train/{name}", value * self._share_of_rank(), sync_dist=True, reduce_fx="sum")
 
     def on_validation_epoch_end(self) -> None:
         """Log validation metrics over the whole set and all ranks."""
@@ -316,8 +316,11 @@ class PolicyModule(ResumableModule):
         if self._trainer is None:
             return value
         result = self.trainer.strategy.reduce(value, reduce_op=operation)
-        # Ranks that share the products of one model say the same.
-        return result * (data_ranks(self.trainer) / self.trainer.world_size) if operation == "sum" else result
+        return result * self._share_of_rank() if operation == "sum" else result
+
+    def _share_of_rank(self) -> float:
+        """What a rank adds to a sum over ranks: those that share the products of one model have the same batches."""
+        return data_ranks(self.trainer) / self.trainer.world_size
 
     def _lr_factor(self, step: int) -> float:
         # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from dpo_lightning.batch import Batch
 from dpo_lightning.checkpoints.versions import versions
-from dpo_lightning.modules.steps import PiecewiseModule
+from dpo_lightning.modules.steps import PiecewiseModule, data_ranks
 
 SEED, VERSIONS, FIT_METRIC = "seed", "versions", "fit_metric"
 
@@ -92,7 +92,11 @@ class ResumableModule(PiecewiseModule):
                 return
             checkpoint["loops"]["fit_loop"], metric = self._standing
         gathered = {name: self.all_gather(value.float()) for name, value in metric.items()}
-        checkpoint[FIT_METRIC] = {name: value.tolist() for name, value in gathered.items()}  # type: ignore[union-attr]
+        alike = self.trainer.world_size // data_ranks(self.trainer)  # ranks, one behind the other, count the same
+        checkpoint[FIT_METRIC] = {
+            name: (value if alike == 1 else value[::alike]).tolist()  # type: ignore[union-attr, index]
+            for name, value in gathered.items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the seed; the training metric follows when training begins."""
@@ -111,18 +115,15 @@ class ResumableModule(PiecewiseModule):
 
     def _take_up_metric(self, states: dict[str, list]) -> None:
         """Each rank its own sums, or where there are other ranks now the first one those of all."""
-        world_size = self.trainer.world_size
+        rank, ranks = _data_rank(self.trainer), data_ranks(self.trainer)
         for name, value in self._collected().items():
             saved = torch.tensor(states.get(name, []), device=self.device)
             if saved.shape == value.shape:  # one process gathers nothing
                 saved = saved[None]
             if not len(saved) or saved.shape[1:] != value.shape:  # of another loss
                 continue
-            if len(saved) == world_size:
-                own = saved[self.trainer.global_rank]
-            else:
-                own = saved.sum(0) if self.trainer.is_global_zero else torch.zeros_like(value)
-            setattr(self.metric("fit"), name, own)
+            own = saved if len(saved) == ranks else [saved.sum(0), *[torch.zeros_like(value)] * (ranks - 1)]
+            setattr(self.metric("fit"), name, own[rank])
 
 
 def noise_seed(seed: int, batch: int, rank: int) -> int:
