@@ -1,19 +1,28 @@
 """Models divided among the ranks of a pool, held against whole ones: every function runs on each rank."""
 
+import gc
 import io
 import logging
+import os
+import threading
+from pathlib import Path
 
+import small_runs
 import torch
 from strategy_runs import train
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from dpo_lightning import DPOModule, PolicySpec
 from dpo_lightning.batch import lay_out
 from dpo_lightning.errors import UsageError
+from dpo_lightning.losses import DPOLoss
 from dpo_lightning.models.adapters import base_fingerprint
 from dpo_lightning.models.fingerprint import fingerprint
+from dpo_lightning.models.selfcheck import choose_layout
 from dpo_lightning.models.shard import DATA, TENSOR, Sharding, local
+from dpo_lightning.references import FrozenCopy
 from dpo_lightning.strategies import FSDP2Strategy
 
 BATCH = [(list(range(8, 19)), [[20, 31, 42, 53], [9, 8]]), ([30, 40], [[50, 60, 70], [11, 12, 13, 14, 15]])]
@@ -102,3 +111,64 @@ def train_in_parallel(model, folder, tensor_parallel_size, devices, **kwargs):
     """A fit whose layers are divided among devices in two ways."""
     strategy = FSDP2Strategy(tensor_parallel_size=tensor_parallel_size)
     return train(model, folder, strategy, devices, **kwargs)
+
+
+class Measured(DPOModule):
+    """Knows by how much the memory of its process grew at the peak while its models were built, in bytes."""
+
+    grown = None
+
+    def configure_model(self):
+        if self.grown is None:
+            gc.collect()
+            with Memory() as memory:
+                super().configure_model()
+            self.grown = memory.grown
+        else:
+            super().configure_model()
+
+
+class Memory:
+    """Peak growth of the resident set and, as far as a look every millisecond sees it, of what is no file in it."""
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+        self.before, self.most, self.ended = status(), 0, threading.Event()
+        self.watch = threading.Thread(target=self._watch)
+        self.watch.start()
+        return self
+
+    def _watch(self):
+        while not self.ended.wait(0.001):
+            self.most = max(self.most, status()["RssAnon"])
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.watch.join()
+        self.grown = {
+            "peak": status()["VmHWM"] - self.before["VmRSS"],
+            "without files": self.most - self.before["RssAnon"],
+            "in the end": status()["VmRSS"] - self.before["VmRSS"],
+        }
+
+
+def status():
+    lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in lines if value.endswith("kB")}
+
+
+def growth(model, folder):
+    """What building a policy with its frozen copy takes on this rank."""
+    spec = PolicySpec(path=model)
+    choose_layout(spec.load_config())
+    module = Measured(spec, DPOLoss(), FrozenCopy())
+    trainer = small_runs.trainer(
+        folder,
+        strategy="fsdp2",
+        devices=int(os.environ["WORLD_SIZE"]),
+        max_steps=1,
+        limit_val_batches=0,
+        inference_mode=False,
+    )
+    trainer.fit(module, small_runs.data(model))
+    return module.grown

@@ -38,18 +38,20 @@ def four_ranks(token_cache):
     pool.close()
 
 
-def check(pool, model, folder, tensor_parallel_size, logged=1e-4, **kwargs):
-    """The ranks' runs, after a comparison with one process's; rows and rates are told apart by data ranks."""
+def check(pool, model, folder, together, **kwargs):
+    """The runs of one process and of ranks, of which so many share the products, after a comparison."""
     (folder / "one").mkdir()
-    one = train(model, str(folder / "one"), "auto", 1, **SETTINGS, **kwargs)
-    ranks = pool.run(divided.train_in_parallel, model, str(folder), tensor_parallel_size, pool.size, **SETTINGS, **kwargs)
+    options = {**SETTINGS, **kwargs}
+    one = train(model, str(folder / "one"), "auto", 1, **options)
+    ranks = pool.run(divided.train_in_parallel, model, str(folder), together, pool.size, **options)
     for run in ranks:
         assert run["losses"] == pytest.approx(one["losses"], abs=1e-5)
         assert run["norms"] == pytest.approx(one["norms"], rel=1e-5)
-        assert run["logged"] == pytest.approx(one["logged"], rel=logged, abs=1e-5)
+        assert run["logged"] == pytest.approx(one["logged"], rel=1e-4, abs=1e-5)
         assert largest_difference(run["weights"], one["weights"]) <= 1e-5
-    assert [run["rows"] for run in ranks[::tensor_parallel_size]] == [run["rows"] for run in ranks[1::tensor_parallel_size]]
-    assert sorted(sum((run["rows"] for run in ranks[::tensor_parallel_size]), [])) == sorted(one["rows"])
+    rows = [run["rows"] for run in ranks]
+    assert rows[::together] == rows[1::together]
+    assert sorted(row for own in rows[::together] for row in own) == sorted(one["rows"])
     return one, ranks
 
 
