@@ -215,7 +215,8 @@ class PolicySpec:
             missed = fill(policy.model, {name: readers[plain] for name, plain in below.items() if plain in readers})
             if missed - real:
                 raise UsageError(f"`policy.path`: {self.path} lacks weights: {', '.join(sorted(missed - real)[:3])}.")
-        begin_gathering(policy)
+        if self.has_adapters:
+            begin_gathering(policy)
         return policy
 
     def _without_storage(
