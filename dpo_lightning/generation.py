@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -39,6 +39,7 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
+    generate: Callable[..., Any] | None = None,
 ) -> list[Continuation]:
     """One continuation of each prompt; the random state of the caller is left as it was.
 
@@ -51,7 +52,9 @@ def sample(
         top_p: Sample from the smallest set of tokens that holds this probability.
         seed: Seed of the samples.
         batch_size: Prompts continued at a time.
+        generate: What generates, if not the model by itself, as where its weights are divided among ranks.
     """
+    produce: Any = generate or model.generate
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompt_ids = [ids or begin for ids in encode(tokenizer, prompts)]
     if not all(prompt_ids):
@@ -69,9 +72,7 @@ def sample(
             width = max(map(len, chunk))
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in chunk], device=model.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chunk], device=model.device)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=settings
-            )
+            output = produce(input_ids=ids, attention_mask=mask, generation_config=settings)
             added += [_until_end(row, end) for row in output[:, width:].tolist()]
     return [
         Continuation(prompt, ids, _continued(tokenizer, prompt, ids))

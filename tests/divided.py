@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from dpo_lightning import DPOModule, PolicySpec
 from dpo_lightning.batch import lay_out
+from dpo_lightning.callbacks import ExportHF, LogSamples
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import DPOLoss
-from dpo_lightning.models.adapters import base_fingerprint
+from dpo_lightning.models.adapters import as_reference, base_fingerprint
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.selfcheck import choose_layout
 from dpo_lightning.models.shard import DATA, TENSOR, Sharding, local
@@ -172,3 +173,28 @@ def growth(model, folder):
     )
     trainer.fit(module, small_runs.data(model))
     return module.grown
+
+
+def sample_and_export(model, folder, **trainer_args):
+    """What is sampled before and after a fit, and the weights at its end, which are exported too."""
+    samples = LogSamples(["the film", "we all loved"], max_new_tokens=6)
+    module = small_runs.module(model)
+    callbacks = [samples, ExportHF(f"{folder}/hf")]
+    small_runs.fit(folder, module, small_runs.data(model), callbacks=callbacks, inference_mode=False, **trainer_args)
+    weights = {name: whole(weight).detach().clone() for name, weight in module.policy.model.state_dict().items()}
+    return {"before": samples.before, "after": samples.after, "weights": weights}
+
+
+def adapters_off_first(spec):
+    """How gradients of adapters differ from those of one process when a first forward was without them, as a share."""
+    torch.manual_seed(0)
+    policy = spec.build(sharding=sharding(compute_dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    plain, batch = spec.build(), lay_out(BATCH)
+    with torch.no_grad(), as_reference(policy.model):
+        policy(batch)
+    policy(batch).total.sum().backward()
+    plain(batch).total.sum().backward()
+    pairs = [(whole(mine.grad), its.grad) for mine, its in both(policy, plain) if its.requires_grad]
+    assert all(mine.dtype == torch.float32 for mine, _ in pairs)
+    return max((mine - its).norm() / its.norm() for mine, its in pairs if its.any()).item()

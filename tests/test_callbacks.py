@@ -1,10 +1,12 @@
 import math
 
+import divided
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import PeftModel
+from small_runs import same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,3 +146,17 @@ def test_the_progress_bar_shows_loss_accuracy_and_margin(tiny_llama, tmp_path):
     shown = bar.get_metrics(trainer, module)
     assert {"loss", "accuracy", "margin", "val loss", "val accuracy", "val margin"} <= set(shown)
     assert "v_num" not in shown
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_sample_and_export_what_one_process_does(strategy, tiny_llama, two_ranks, tmp_path):
+    one = divided.sample_and_export(tiny_llama, tmp_path / "one")
+    ranks = two_ranks.run(divided.sample_and_export, tiny_llama, tmp_path / "two", strategy=strategy, devices=2)
+    assert one["after"][0] != one["before"][0]
+    for found in ranks:
+        assert found["weights"].keys() == one["weights"].keys()
+        for stage in ("before", "after"):
+            assert found[stage][0] == one[stage][0]
+            assert found[stage][1] == pytest.approx(one[stage][1], abs=1e-4)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "hf").state_dict()
+    assert same(written, ranks[0]["weights"])

@@ -127,6 +127,7 @@ class LogSamples(Callback):
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,
+            generate=module.policy.generate,
         )
         figures = self._measure(module, continuations)
         self._log(trainer, continuations, figures)

@@ -247,7 +247,10 @@ def copy_adapter(model: PreTrainedModel) -> None:
 
 @contextmanager
 def as_reference(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode with its reference adapter, or with none where there is no such adapter."""
+    """The model in evaluation mode with its reference adapter, or with none where there is no such adapter.
+
+    For use without gradients.
+    """
     training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     model.eval()
     has_reference = REFERENCE in model.peft_config
@@ -255,6 +258,7 @@ def as_reference(model: PreTrainedModel) -> Iterator[None]:
         model.set_adapter(REFERENCE)
     else:
         model.disable_adapters()
+    _train(model, trained)
     try:
         yield
     finally:
@@ -262,11 +266,18 @@ def as_reference(model: PreTrainedModel) -> Iterator[None]:
             model.set_adapter(TRAINED)
         else:
             _enable_adapters(model)
-        # Who switches adapters by peft changes what is trained.
-        model.requires_grad_(False)
-        for weight in trained:
-            weight.requires_grad_(True)
+        _train(model, trained)
         model.train(training)
+
+
+def _train(model: PreTrainedModel, weights: Iterable[nn.Parameter]) -> None:
+    """Have some weights be trained, and no others: who switches adapters by peft changes that.
+
+    FSDP2 takes note of what is trained in the first forward, which may be one of the reference.
+    """
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
 
 
 def _enable_adapters(model: PreTrainedModel) -> None:

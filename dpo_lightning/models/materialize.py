@@ -113,14 +113,6 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             local(ours).copy_(local(theirs))
 
 
-def begin_gathering(model: nn.Module) -> None:
-    """Have the parts of a divided model take note of what is trained, before adapters are switched off for a while."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.reshard()
-
-
 def take_random_state_of_first_rank(device: torch.device) -> None:
     """So that what is drawn, not read, is one model on all ranks."""
     state = torch.get_rng_state().to(device)

@@ -90,7 +90,8 @@ class CausalPolicy(nn.Module):
 
     def generate(self, **kwargs: Any) -> Any:
         """What the model's own ``generate`` does; with divided weights all ranks have to call it alike."""
-        return self.model.generate(**kwargs)  # type: ignore[operator]
+        together = {"synced_gpus": True} if is_sharded(self) else {}  # who comes to an end waits for the others
+        return self.model.generate(**together, **kwargs)  # type: ignore[operator]
 
     def compute_outputs(self, batch: PreferenceBatch) -> Outputs:
         """What :meth:`outputs` gives; a policy of another kind overrides this."""

@@ -28,7 +28,6 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.models.adapters import LoRA, name_below_adapters
 from dpo_lightning.models.materialize import (
     Reader,
-    begin_gathering,
     copy_weights,
     fill,
     from_meta,
@@ -215,8 +214,6 @@ class PolicySpec:
             missed = fill(policy.model, {name: readers[plain] for name, plain in below.items() if plain in readers})
             if missed - real:
                 raise UsageError(f"`policy.path`: {self.path} lacks weights: {', '.join(sorted(missed - real)[:3])}.")
-        if self.has_adapters:
-            begin_gathering(policy)
         return policy
 
     def _without_storage(

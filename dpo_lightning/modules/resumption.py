@@ -94,7 +94,7 @@ class ResumableModule(PiecewiseModule):
         gathered = {name: self.all_gather(value.float()) for name, value in metric.items()}
         alike = self.trainer.world_size // data_ranks(self.trainer)  # ranks, one behind the other, count the same
         checkpoint[FIT_METRIC] = {
-            name: (value if alike == 1 else value[::alike]).tolist()  # type: ignore[union-attr, index]
+            name: (value if alike == 1 else value[::alike]).tolist()  # type: ignore[union-attr]
             for name, value in gathered.items()
         }
 
