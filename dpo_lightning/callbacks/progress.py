@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -20,6 +22,14 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, int | str | float | dict[str, float]] = {}
+
+    def on_train_start(self, *args: Any) -> None:
+        """Count on from where a run goes on in the middle of an epoch, which Lightning does not announce."""
+        super().on_train_start(*args)
+        trainer: Any = self.trainer
+        self.on_train_epoch_start(trainer)
+        bar = self.train_progress_bar
+        bar.n = bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

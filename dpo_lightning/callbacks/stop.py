@@ -83,12 +83,12 @@ class GracefulStop(Callback):
         """Where Lightning stops because all ranks agreed to, save and say how to go on."""
         if self._agreed and isinstance(exception, SIGTERMException):
             number, path = signal.Signals(self._agreed), _folder(trainer) / f"{NAME}{trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self._remove_origin(trainer)
             exception.code = 0 if _is_child(trainer) else 128 + number
             rank_zero_info(
                 f"\n{number.name}: stopped behind step {trainer.global_step}, exit code {128 + number}. Saved {path}; "
-                f"to go on, give the same command with --ckpt_path '{path}'."
+                f"to go on, give the same command with --resume true, or --ckpt_path '{path}'."
             )
             trainer.strategy.barrier("stopped")
         self._let_go(trainer)

@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from dpo_lightning.checkpoints.files import UNFINISHED, cannot_write, num_bytes, system_error
 from dpo_lightning.checkpoints.reading import META
+from dpo_lightning.checkpoints.shards import PlainPlanner, ShardReader
 from dpo_lightning.errors import UsageError
 
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
@@ -67,10 +68,11 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
 def load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Give divided weights and optimizers what a folder holds, on all ranks; what it holds besides them."""
     # In place: weights are those of the model. A reference that is built anew is not among them.
-    load({WEIGHTS: model.state_dict()}, storage_reader=FileSystemReader(path))
+    reader = ShardReader(path)
+    load({WEIGHTS: model.state_dict()}, storage_reader=reader, planner=PlainPlanner())
     for place, optimizer in enumerate(optimizers):
         state = {f"{PARTS}{place}": get_optimizer_state_dict(model, optimizer)}
-        load(state, storage_reader=FileSystemReader(path))
+        load(state, storage_reader=reader, planner=PlainPlanner())
         set_optimizer_state_dict(model, optimizer, state[f"{PARTS}{place}"])
     return torch.load(path / META, map_location="cpu", weights_only=True)
 
@@ -90,15 +92,15 @@ def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence
 
 def as_file(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as it would be in one file, read by one process, with all of it in memory."""
-    reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
+    reader = ShardReader(path)
+    metadata = reader.contents
     flat: dict[str, Any] = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         if isinstance(about, TensorStorageMetadata)
         else None
         for name, about in metadata.state_dict_metadata.items()
     }
-    load(flat, storage_reader=reader, no_dist=True)
+    load(flat, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
     checkpoint = torch.load(path / META, map_location="cpu", weights_only=True)
     found: dict[str, Any] = {}
     for name, value in flat.items():
