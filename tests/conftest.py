@@ -7,6 +7,7 @@ import datasets
 import pytest
 import small_runs
 import torch
+from rank_pool import RankPool
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,6 +84,14 @@ def token_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = Path(folder)
     os.environ["HF_DATASETS_CACHE"] = folder
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(token_cache):
+    """Two processes that stay for the whole session."""
+    pool = RankPool(2, token_cache)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")
