@@ -35,7 +35,7 @@ class RankPool:
         for rank in range(self.size):
             here, there = self.context.Pipe()
             ours = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = self.context.Process(target=_work, args=(there, ours), daemon=True)
+            process = self.context.Process(target=_work, args=(there, ours))  # no daemon: those may not have workers
             process.start()
             there.close()
             self.pipes.append(here)
@@ -85,7 +85,10 @@ def _work(pipe, environment):
 
     torch.set_num_threads(1)
     while True:
-        function, args, kwargs = pipe.recv()
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:  # the tests have ended
+            os._exit(0)
         try:
             pipe.send((function(*args, **kwargs), None))
         except BaseException:

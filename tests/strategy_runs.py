@@ -41,7 +41,8 @@ class Followed(Callback):
         self.rows += _rows(batch)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+        window_ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if window_ends and trainer.global_step % trainer.log_every_n_steps == 0:
             self.losses.append(trainer.logged_metrics["train/loss"].item())
             self.norms.append(trainer.logged_metrics["train/grad_norm"].item())
 

@@ -2,18 +2,13 @@
 
 import itertools
 import shutil
-import signal
 
 import pytest
 import strategy_runs
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from notices import Notice
 from rank_pool import RankPool
 from strategy_runs import from_step, train
 
-from dpo_lightning.callbacks import GracefulStop
-from dpo_lightning.checkpoints import last_checkpoint
 from dpo_lightning.models.adapters import LoRA
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs a PyTorch with gloo")
@@ -25,7 +20,8 @@ RUNS = {
     "Cached, accumulated, with dropout": {"reference": "Cached", "accumulate_grad_batches": 2, **NOISE},
     "Synced, with workers": {"reference": "Synced", "data": {"num_workers": 2}, **SCHEDULE},
     "mixture, dropout in adapters": {
-        "reference": "AdaptersOff", "train_rows": strategy_runs.mixture(), "module": {"lora": LoRA(rank=2, dropout=0.3)},
+        "reference": "AdaptersOff", "train_rows": strategy_runs.mixture(),
+        "module": {"lora": LoRA(rank=2, dropout=0.3)},
     },
     "FrozenCopy, in bfloat16": {"precision": "bf16-mixed", **NOISE},
     "in pieces, accumulated": {"accumulate_grad_batches": 2, "data": {"micro_batch_tokens": 45}, **NOISE},

@@ -6,7 +6,7 @@ import pytest
 import strategy_runs
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 
 from dpo_lightning.errors import UsageError
 
@@ -101,7 +101,7 @@ def test_two_ranks_equal_one(compared, strategy, reference, precision):
 def test_weights_move_further_than_the_tolerances(compared, tiny_llama, tmp_path):
     one = strategy_runs.train(tiny_llama, str(tmp_path), "auto", 1, **RUN)
     start = strategy_runs.train(tiny_llama, str(tmp_path), "auto", 1, **{**RUN, "max_steps": 0})
-    assert strategy_runs.largest_difference(one["weights"], start["weights"]) > 10 * ROUNDED["weights"]
+    assert strategy_runs.largest_difference(one["weights"], start["weights"]) > 5 * ROUNDED["weights"]
 
 
 IN_PIECES = {"data": {"batch_size": 4, "val_batch_size": 4, "micro_batch_tokens": 45}}
@@ -145,18 +145,24 @@ def test_a_stream_is_divided_without_doubles(tiny_llama, two_ranks, tmp_path):
         first, second = two_ranks.run(
             strategy_runs.train, tiny_llama, str(tmp_path), strategy, 2, train_rows=24, **stream
         )
-        assert sorted(first["rows"] + second["rows"]) == sorted(one["rows"]) == list(range(24))
+        assert sorted(first["rows"] + second["rows"]) == sorted(one["rows"]) == list(range(1, 25))
         assert first["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_weights_in_16_bits_are_warned_of(tiny_llama, two_ranks, tmp_path, strategy):
-    run = {"precision": "bf16-true", "max_steps": 1}
+@pytest.mark.parametrize(
+    ("strategy", "run"),
+    [("ddp", {"precision": "bf16-true"}), ("fsdp2", {"module": {"spec": {"dtype": "bfloat16"}}})],
+)
+def test_weights_in_16_bits_are_warned_of(tiny_llama, two_ranks, tmp_path, strategy, run):
+    run["max_steps"] = 1
     said = two_ranks.run(strategy_runs.warned, tiny_llama, str(tmp_path), strategy, 2, **run)
     assert all("All weights are trained in 16 bits" in words for words in said)
 
 
-def test_half_precision_is_refused_where_weights_are_divided():
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(UsageError, match="`trainer.precision: 16-mixed` does not go with fsdp2; use bf16-mixed"):
+@pytest.mark.parametrize(
+    "plugin", [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")), HalfPrecision("bf16-true")]
+)
+def test_precisions_are_refused_where_weights_are_divided(plugin):
+    words = f"`trainer.precision: {plugin.precision}` does not go with fsdp2.*; use bf16-mixed"
+    with pytest.raises(UsageError, match=words):
         Trainer(accelerator="cpu", devices=1, strategy="fsdp2", plugins=[plugin], logger=False)

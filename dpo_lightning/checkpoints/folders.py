@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import distributed, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,11 +27,22 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpo_lightning.checkpoints.files import UNFINISHED, cannot_write, num_bytes, system_error
-from dpo_lightning.checkpoints.reading import META
+from dpo_lightning.checkpoints.reading import META, SHARDS, read_without_weights
 from dpo_lightning.errors import UsageError
 
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 PARTS = "optimizer_"  # how the states of optimizers are called in a folder
+# By what torch describes tensors and where they lie; besides these their dtypes.
+DESCRIPTIONS = {
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    "torch": ("Size", "device"),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+}
 
 
 def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
@@ -67,12 +79,12 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
 def load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Give divided weights and optimizers what a folder holds, on all ranks; what it holds besides them."""
     # In place: weights are those of the model. A reference that is built anew is not among them.
-    load({WEIGHTS: model.state_dict()}, storage_reader=FileSystemReader(path))
+    _load({WEIGHTS: model.state_dict()}, path)
     for place, optimizer in enumerate(optimizers):
         state = {f"{PARTS}{place}": get_optimizer_state_dict(model, optimizer)}
-        load(state, storage_reader=FileSystemReader(path))
+        _load(state, path)
         set_optimizer_state_dict(model, optimizer, state[f"{PARTS}{place}"])
-    return torch.load(path / META, map_location="cpu", weights_only=True)
+    return read_without_weights(path)
 
 
 def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -90,21 +102,76 @@ def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence
 
 def as_file(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as it would be in one file, read by one process, with all of it in memory."""
-    reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
+    metadata = _Reader(path).read_metadata()
     flat: dict[str, Any] = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         if isinstance(about, TensorStorageMetadata)
         else None
         for name, about in metadata.state_dict_metadata.items()
     }
-    load(flat, storage_reader=reader, no_dist=True)
-    checkpoint = torch.load(path / META, map_location="cpu", weights_only=True)
+    _load(flat, path, no_dist=True)
+    checkpoint = read_without_weights(path)
     found: dict[str, Any] = {}
     for name, value in flat.items():
         _put(found, metadata.planner_data[name], value)
     states = [found[f"{PARTS}{place}"] for place in range(len(found) - 1)]
     return {**checkpoint, WEIGHTS: found[WEIGHTS], OPTIMIZERS: [_by_number(state) for state in states]}
+
+
+def has_all_parts(path: Path) -> bool:
+    """Whether the files of all ranks are there.
+
+    Raises:
+        UsageError: If what says which they are is damaged.
+    """
+    places = _Reader(path).read_metadata().storage_data.values()
+    return all((path / name).is_file() for name in {place.relative_path for place in places})
+
+
+class _Reader(FileSystemReader):
+    """Reads what a folder says of its parts as plain data: unpickled as torch does it, it could run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Which parts there are."""
+        path = Path(self.path) / SHARDS
+        try:
+            with path.open("rb") as file:
+                metadata = _Plain(file).load()
+        except _NotPlain as error:
+            raise UsageError(f"{path} holds more than tensors and plain data ({error}): that can run code.") from error
+        except Exception as error:  # what damaged pickles raise is of many kinds
+            raise UsageError(f"{path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _NotPlain(pickle.UnpicklingError):
+    """Something else is asked for."""
+
+
+class _Plain(pickle.Unpickler):
+    """Makes nothing but what torch describes tensors by."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of those."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in DESCRIPTIONS.get(module, ()):
+            raise _NotPlain(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _load(state: dict[str, Any], path: Path, **options: Any) -> None:
+    """Fill tensors in place with what a folder holds."""
+    try:
+        load(state, storage_reader=_Reader(path), **options)
+    except CheckpointException as error:
+        failure = next(iter(error.failures.values()))[0]
+        if isinstance(failure, UsageError):
+            raise failure from error
+        raise UsageError(
+            f"{path} is damaged, or of another model ({str(failure).strip().splitlines()[0]}); use an earlier one."
+        ) from error
 
 
 def _by_number(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,16 +215,23 @@ def _write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
-    """A name can be taken from a folder in one go only if nothing has it: what had it goes first, under another."""
-    old = path.with_name(f".{path.name}.old{UNFINISHED}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
+    """Give a folder its name, which another may have: that keeps one by which it is found until the new one is there.
+
+    A name that is taken can be given to no other folder in one go.
+    """
+    before = path.with_name(f"{path.stem}.before{path.suffix}")
+    if os.path.lexists(path):
+        _remove(before)
+        os.replace(path, before)
     os.replace(unfinished, path)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
