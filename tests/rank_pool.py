@@ -81,6 +81,7 @@ def _received(pipe):
 
 def _work(pipe, environment):
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # of workers: the usual one, not that of this process
     import torch
 
     torch.set_num_threads(1)
