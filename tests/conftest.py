@@ -97,7 +97,7 @@ def two_ranks(token_cache):
 @pytest.fixture(scope="session")
 def tiny_config():
     """A function from the name of a family to a tiny config of it, its sliding window shorter than rows."""
-    return lambda family: AutoConfig.for_model(family, **{**TINY, **FAMILIES[family]})
+    return lambda family, **more: AutoConfig.for_model(family, **{**TINY, **FAMILIES.get(family, {}), **more})
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "memory": {"batch", "models", "modules", "references", "paths"},
     "strategies": {"checkpoints", "models", "errors"},
-    "export": {"losses", "models", "modules", "recipes", *FOUNDATION},
+    "export": {"checkpoints", "losses", "models", "modules", "recipes", *FOUNDATION},
     "callbacks": {"batch", "export", "memory", "data", "generation", "models", "modules", "errors"},
     "explain": set(),
     "inspection": {"data", "errors"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,22 +26,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpo_lightning.checkpoints.files import UNFINISHED, cannot_write, num_bytes, system_error
-from dpo_lightning.checkpoints.reading import META, SHARDS, read_without_weights
+from dpo_lightning.checkpoints.reading import META, read_without_weights
+from dpo_lightning.checkpoints.shards import PlainPlanner, ShardReader
 from dpo_lightning.errors import UsageError
 
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 PARTS = "optimizer_"  # how the states of optimizers are called in a folder
-# By what torch describes tensors and where they lie; besides these their dtypes.
-DESCRIPTIONS = {
-    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
-    "torch": ("Size", "device"),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.metadata": (
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    ),
-}
 
 
 def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
@@ -68,7 +57,7 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     try:
         _on_first_rank(begin)
-        _on_all_ranks(lambda: save(divided, storage_writer=FileSystemWriter(unfinished)))
+        _on_all_ranks(lambda: save(divided, storage_writer=_Writer(unfinished)))
         _on_first_rank(finish)
     except _CannotWrite as error:
         _on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True))
@@ -102,7 +91,7 @@ def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence
 
 def as_file(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as it would be in one file, read by one process, with all of it in memory."""
-    metadata = _Reader(path).read_metadata()
+    metadata = contents_of(path).contents
     flat: dict[str, Any] = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         if isinstance(about, TensorStorageMetadata)
@@ -124,54 +113,44 @@ def has_all_parts(path: Path) -> bool:
     Raises:
         UsageError: If what says which they are is damaged.
     """
-    places = _Reader(path).read_metadata().storage_data.values()
+    places = contents_of(path).contents.storage_data.values()
     return all((path / name).is_file() for name in {place.relative_path for place in places})
 
 
-class _Reader(FileSystemReader):
-    """Reads what a folder says of its parts as plain data: unpickled as torch does it, it could run code."""
+def contents_of(path: Path) -> ShardReader:
+    """A reader of a folder.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Which parts there are."""
-        path = Path(self.path) / SHARDS
-        try:
-            with path.open("rb") as file:
-                metadata = _Plain(file).load()
-        except _NotPlain as error:
-            raise UsageError(f"{path} holds more than tensors and plain data ({error}): that can run code.") from error
-        except Exception as error:  # what damaged pickles raise is of many kinds
-            raise UsageError(f"{path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _NotPlain(pickle.UnpicklingError):
-    """Something else is asked for."""
-
-
-class _Plain(pickle.Unpickler):
-    """Makes nothing but what torch describes tensors by."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """One of those."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in DESCRIPTIONS.get(module, ()):
-            raise _NotPlain(f"{module}.{name}")
-        return super().find_class(module, name)
+    Raises:
+        UsageError: If its list of contents is damaged, or something else.
+    """
+    try:
+        return ShardReader(path)
+    except Exception as error:  # what damaged pickles raise is of many kinds
+        raise UsageError(f"{path} is damaged ({error}); use an earlier one.") from error
 
 
 def _load(state: dict[str, Any], path: Path, **options: Any) -> None:
     """Fill tensors in place with what a folder holds."""
     try:
-        load(state, storage_reader=_Reader(path), **options)
+        load(state, storage_reader=contents_of(path), planner=PlainPlanner(), **options)
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
-        if isinstance(failure, UsageError):
-            raise failure from error
-        raise UsageError(
-            f"{path} is damaged, or of another model ({str(failure).strip().splitlines()[0]}); use an earlier one."
-        ) from error
+        reason = str(failure).strip().partition("\n")[0]
+        raise UsageError(f"{path} is damaged, or of another model ({reason}); use an earlier one.") from error
+
+
+class _Writer(FileSystemWriter):
+    """Says what the system had against writing; torch closes a file with an error of its own over that."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Write this rank's part."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            reason = system_error(error)
+            if reason is None:
+                raise
+            raise OSError(reason.errno, reason.strerror) from error
 
 
 def _by_number(state: Mapping[str, Any]) -> dict[str, Any]:

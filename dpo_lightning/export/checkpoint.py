@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_lightning.checkpoints.reading import META, SHARDS
 from dpo_lightning.errors import UsageError
-from dpo_lightning.export.weights import MARK, Weights, in_memory, in_shards
+from dpo_lightning.export.weights import Weights, in_memory, in_shards
 from dpo_lightning.modules.base import POLICY
 
-REST = "meta.pt"  # what a sharded checkpoint holds besides tensors
 PREFIX = f"{POLICY}model."
 BULK = ("state_dict", "optimizer_states")
 
@@ -67,12 +67,12 @@ def _open_file(path: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def _open_folder(path: Path) -> tuple[dict[str, Any], Weights]:
-    missing = [name for name in (MARK, REST) if not (path / name).is_file()]
+    missing = [name for name in (SHARDS, META) if not (path / name).is_file()]
     if len(missing) == 2:
-        raise UsageError(f"{path} is a folder without a sharded checkpoint: there is no {MARK} and no {REST} in it.")
+        raise UsageError(f"{path} is a folder without a sharded checkpoint: there is no {SHARDS} and no {META} in it.")
     if missing:
         raise UsageError(f"{path} lacks {missing[0]}: the run was stopped before it was written whole. Take another.")
-    record = torch.load(path / REST, map_location="cpu", weights_only=True)
+    record = torch.load(path / META, map_location="cpu", weights_only=True)
     weights = in_shards(path)
     prefix = "state_dict."
     return record, {name.removeprefix(prefix): part for name, part in weights.items() if name.startswith(prefix)}

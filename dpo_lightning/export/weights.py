@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from dpo_lightning.errors import UsageError
 
-MARK = ".metadata"  # the list of contents of a sharded checkpoint
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -77,21 +75,14 @@ def in_shards(folder: Path) -> Weights:
     Raises:
         pickle.UnpicklingError: If its list of contents is none.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    contents = _contents(folder)
+    from dpo_lightning.checkpoints.shards import ShardReader
 
-    class Reader(FileSystemReader):
-        """Reads the list of contents once."""
-
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return contents
-
-    reader = Reader(folder)
+    reader = ShardReader(folder)
     return {
         name: Stored(tuple(entry.size), entry.properties.dtype, functools.partial(_from_shards, reader, name, entry))
-        for name, entry in contents.state_dict_metadata.items()
+        for name, entry in reader.contents.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
@@ -109,21 +100,3 @@ def _from_shards(reader: Any, name: str, entry: Any) -> Tensor:
             reason = next(iter(error.failures.values()))[0]
             raise UsageError(f"{reader.path}: {name} cannot be read: {reason}. Take another checkpoint.") from error
     return found[name]
-
-
-def _contents(folder: Path) -> Any:
-    with (folder / MARK).open("rb") as file:
-        return _Unpickler(file).load()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Takes what describes tensors in files, and no code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        described = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        named = (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
-        path = module.startswith("pathlib") and name.endswith("Path")
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if "." in name or not (described or named or path or dtype or (module, name) == ("collections", "OrderedDict")):
-            raise pickle.UnpicklingError(f"its list of contents asks for {module}.{name}")
-        return super().find_class(module, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchmetrics import Metric
 
 from dpo_lightning.batch import Batch, Logps, PreferenceBatch
 from dpo_lightning.checkpoints.files import write_whole_files
+from dpo_lightning.checkpoints.reading import read
 from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
@@ -93,6 +95,16 @@ class PolicyModule(ResumableModule):
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_post_hook(_do_not_miss)
         self.record(policy=_recorded(self.spec), lr=lr, warmup_steps=warmup_steps, schedule=schedule)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning does it; also of a folder of shards, which is put together first."""
+        if not isinstance(checkpoint_path, (str, Path)) or not Path(checkpoint_path).is_dir():
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole.ckpt"
+            torch.save(read(Path(checkpoint_path)), whole)
+            return super().load_from_checkpoint(whole, *args, **kwargs)
 
     def record(self, **hyperparameters: Any) -> None:
         """Keep hyperparameters as plain data, so that checkpoints load with ``weights_only=True``."""

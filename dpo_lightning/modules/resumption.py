@@ -85,6 +85,8 @@ class ResumableModule(PiecewiseModule):
         """Keep seed, versions and training metric, and stand behind an optimizer step."""
         checkpoint[VERSIONS] = versions()
         checkpoint[SEED] = self._seed
+        if self._trainer is None:
+            return
         metric = self._collected()
         if self.trainer.state.fn == TrainerFn.FITTING and self._stepped_at != self._batch_number:
             if self._standing is None:

@@ -212,12 +212,8 @@ FUSED = {
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("family", FUSED)
-def test_names_in_files_are_those_that_transformers_writes(
-    tiny_config, tmp_path, tiny_llama, family, lora, monkeypatch
-):
-    monkeypatch.setitem(sys.modules["conftest"].FAMILIES, family, {"num_key_value_heads": 2, **FUSED[family]})
-    config = tiny_config(family)
-    config.vocab_size = 300
+def test_names_in_files_are_those_that_transformers_writes(tiny_config, tmp_path, tiny_llama, family, lora):
+    config = tiny_config(family, num_key_value_heads=2, vocab_size=300, **FUSED[family])
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
