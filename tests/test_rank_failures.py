@@ -1,7 +1,11 @@
 """Ranks with divided weights that are stopped, killed, or cannot go on lose nothing that was saved."""
 
+import multiprocessing
+import os
 import random
 import time
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import rank_failures
@@ -113,11 +117,11 @@ def killed(model, folder, cache, chance, number):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_kills_of_all_ranks_at_random_moments_cost_only_the_steps_since_the_last_checkpoint(
     tiny_llama, token_cache, tmp_path
 ):
     folder, chance, table = tmp_path / "run", random.Random(0), []
-    multiprocessing_preload()
     reached = 0
     for number in range(KILLS):
         began, last, there = killed(tiny_llama, folder, token_cache, chance, number)
@@ -137,8 +141,10 @@ def test_kills_of_all_ranks_at_random_moments_cost_only_the_steps_since_the_last
     assert names(folder) == ["last.ckpt"]
 
 
-def multiprocessing_preload():
-    """Have ranks forked from a process that has imported everything."""
-    import multiprocessing
-
+@pytest.fixture
+def forks(monkeypatch):
+    """Ranks are forked from a process that has imported everything."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # the server of forks knows no other way to it
     multiprocessing.get_context("forkserver").set_forkserver_preload(["rank_failures"])
+    forkserver.ensure_running()
