@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.checkpoints.reading import META, is_sharded, read_without_weights
+from dpo_lightning.checkpoints.reading import META, has_all_parts, is_sharded, read_without_weights
 from dpo_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
             continue
         try:
             header = read_without_weights(path)
+            if path.is_dir() and not has_all_parts(path):
+                raise UsageError(f"{path} lacks files that ranks have written.")
         except UsageError as error:
             log.warning(f"Left out: {error}")
             continue

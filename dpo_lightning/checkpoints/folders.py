@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpo_lightning.checkpoints.files import UNFINISHED, cannot_write, num_bytes, system_error
-from dpo_lightning.checkpoints.reading import META
+from dpo_lightning.checkpoints.reading import META, read_without_weights
 from dpo_lightning.checkpoints.shards import PlainPlanner, ShardReader
 from dpo_lightning.errors import UsageError
 
@@ -57,7 +57,7 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     try:
         _on_first_rank(begin)
-        _on_all_ranks(lambda: save(divided, storage_writer=FileSystemWriter(unfinished)))
+        _on_all_ranks(lambda: save(divided, storage_writer=_Writer(unfinished)))
         _on_first_rank(finish)
     except _CannotWrite as error:
         _on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True))
@@ -68,13 +68,12 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
 def load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Give divided weights and optimizers what a folder holds, on all ranks; what it holds besides them."""
     # In place: weights are those of the model. A reference that is built anew is not among them.
-    reader = ShardReader(path)
-    load({WEIGHTS: model.state_dict()}, storage_reader=reader, planner=PlainPlanner())
+    _load({WEIGHTS: model.state_dict()}, path)
     for place, optimizer in enumerate(optimizers):
         state = {f"{PARTS}{place}": get_optimizer_state_dict(model, optimizer)}
-        load(state, storage_reader=reader, planner=PlainPlanner())
+        _load(state, path)
         set_optimizer_state_dict(model, optimizer, state[f"{PARTS}{place}"])
-    return torch.load(path / META, map_location="cpu", weights_only=True)
+    return read_without_weights(path)
 
 
 def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -92,21 +91,66 @@ def load_file(checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence
 
 def as_file(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as it would be in one file, read by one process, with all of it in memory."""
-    reader = ShardReader(path)
-    metadata = reader.contents
+    metadata = contents_of(path).contents
     flat: dict[str, Any] = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         if isinstance(about, TensorStorageMetadata)
         else None
         for name, about in metadata.state_dict_metadata.items()
     }
-    load(flat, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
-    checkpoint = torch.load(path / META, map_location="cpu", weights_only=True)
+    _load(flat, path, no_dist=True)
+    checkpoint = read_without_weights(path)
     found: dict[str, Any] = {}
     for name, value in flat.items():
         _put(found, metadata.planner_data[name], value)
     states = [found[f"{PARTS}{place}"] for place in range(len(found) - 1)]
     return {**checkpoint, WEIGHTS: found[WEIGHTS], OPTIMIZERS: [_by_number(state) for state in states]}
+
+
+def has_all_parts(path: Path) -> bool:
+    """Whether the files of all ranks are there.
+
+    Raises:
+        UsageError: If what says which they are is damaged.
+    """
+    places = contents_of(path).contents.storage_data.values()
+    return all((path / name).is_file() for name in {place.relative_path for place in places})
+
+
+def contents_of(path: Path) -> ShardReader:
+    """A reader of a folder.
+
+    Raises:
+        UsageError: If its list of contents is damaged, or something else.
+    """
+    try:
+        return ShardReader(path)
+    except Exception as error:  # what damaged pickles raise is of many kinds
+        raise UsageError(f"{path} is damaged ({error}); use an earlier one.") from error
+
+
+def _load(state: dict[str, Any], path: Path, **options: Any) -> None:
+    """Fill tensors in place with what a folder holds."""
+    try:
+        load(state, storage_reader=contents_of(path), planner=PlainPlanner(), **options)
+    except CheckpointException as error:
+        failure = next(iter(error.failures.values()))[0]
+        reason = str(failure).strip().partition("\n")[0]
+        raise UsageError(f"{path} is damaged, or of another model ({reason}); use an earlier one.") from error
+
+
+class _Writer(FileSystemWriter):
+    """Says what the system had against writing; torch closes a file with an error of its own over that."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Write this rank's part."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            reason = system_error(error)
+            if reason is None:
+                raise
+            raise OSError(reason.errno, reason.strerror) from error
 
 
 def _by_number(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,16 +194,23 @@ def _write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
-    """A name can be taken from a folder in one go only if nothing has it: what had it goes first, under another."""
-    old = path.with_name(f".{path.name}.old{UNFINISHED}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
+    """Give a folder its name, which another may have: that keeps one by which it is found until the new one is there.
+
+    A name that is taken can be given to no other folder in one go.
+    """
+    before = path.with_name(f"{path.stem}.before{path.suffix}")
+    if os.path.lexists(path):
+        _remove(before)
+        os.replace(path, before)
     os.replace(unfinished, path)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -69,6 +69,17 @@ def is_sharded(folder: Path) -> bool:
     return (folder / META).is_file() and (folder / SHARDS).is_file()
 
 
+def has_all_parts(folder: Path) -> bool:
+    """Whether a sharded checkpoint has the files of all ranks.
+
+    Raises:
+        UsageError: If what says which they are is damaged.
+    """
+    from dpo_lightning.checkpoints import folders
+
+    return folders.has_all_parts(folder)
+
+
 def _loaded(path: Path, **options: Any) -> Any:
     try:
         with path.open("rb") as file:

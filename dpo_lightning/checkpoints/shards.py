@@ -57,6 +57,6 @@ class _Unpickler(pickle.Unpickler):
         named = (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
         path = module.startswith("pathlib") and name.endswith("Path")
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (described or named or path or dtype or (module, name) == ("collections", "OrderedDict")):
+        if "." in name or not (described or named or path or dtype or (module, name) == ("collections", "OrderedDict")):
             raise pickle.UnpicklingError(f"its list of contents asks for {module}.{name}")
         return super().find_class(module, name)

@@ -51,7 +51,7 @@ def _evenly_spaced(weight: Tensor) -> Tensor:
     is_here = torch.ones_like(places[0], dtype=torch.bool)
     for place, part in zip(places, box, strict=True):
         is_here &= (place >= part.start) & (place < part.stop)
-    sample = torch.zeros(len(is_here), device=here.device)
+    sample = torch.zeros(len(is_here), dtype=torch.float32, device=here.device)
     index = tuple(place[is_here] - part.start for place, part in zip(places, box, strict=True))
     sample[is_here] = here[index].float()
     bits = sample.view(torch.int32)  # of which all ranks but one have zeros: as numbers, minus zero would be lost

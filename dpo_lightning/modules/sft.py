@@ -29,7 +29,7 @@ class SFTModule(PolicyModule):
 
     def summed_loss(self, stage: str, piece: PreferenceBatch) -> Tensor:
         """Negative log-likelihood of the response tokens, in nats."""
-        if piece.length.shape[1] != 1:
+        if piece.length.numel() and piece.length.shape[1] != 1:  # of a rank without examples it says nothing
             raise UsageError(
                 f"SFT learns one response a prompt, but this batch has up to {piece.length.shape[1]}; keep the best by "
                 "`data.init_args.num_responses: 1`."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
@@ -79,6 +79,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             if plugin.precision != "bf16-mixed":
                 raise UsageError(f"`trainer.precision: {plugin.precision}` does not go with fsdp2; use bf16-mixed.")
             plugin, self._compute_dtype = GatheredPrecision(), torch.bfloat16
+        if isinstance(plugin, HalfPrecision):
+            raise UsageError(
+                f"`trainer.precision: {plugin.precision}` does not go with fsdp2, which divides weights before they "
+                "would be cast; use bf16-mixed, or have all in 16 bits by `policy.dtype`."
+            )
         Strategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -89,8 +94,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
-            if path.is_file() or path.is_symlink():
-                path.unlink()
             save_folder(checkpoint, path)
         else:
             Strategy.save_checkpoint(self, checkpoint, path, storage_options)

@@ -1,8 +1,10 @@
 """The checkpoint to go on from is the furthest that is whole, whatever it is called."""
 
 import os
+import warnings
 
 import torch
+from torch.distributed import checkpoint
 
 from dpo_lightning.checkpoints import last_checkpoint
 
@@ -15,9 +17,10 @@ def save(path, step, **more):
 
 
 def shards(folder, step, *missing):
-    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of not being one of several processes
+        checkpoint.save({"weight": torch.zeros(3)}, checkpoint_id=folder, no_dist=True)
     torch.save({"pytorch-lightning_version": "2.6.6", "global_step": step}, folder / "meta.pt")
-    (folder / ".metadata").touch()
     for name in missing:
         (folder / name).unlink()
     return folder
@@ -71,7 +74,12 @@ def test_folders_of_shards_count_when_they_are_whole(tmp_path, caplog):
     whole = shards(tmp_path / "step=2.ckpt", 2)
     shards(tmp_path / "step=3.ckpt", 3, "meta.pt")
     shards(tmp_path / "step=4.ckpt", 4, ".metadata")
+    shards(tmp_path / "step=5.ckpt", 5, "__0_0.distcp")
+    (shards(tmp_path / "step=6.ckpt", 6) / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert last_checkpoint(tmp_path) == whole
+    assert "step=5.ckpt lacks files that ranks have written" in caplog.text
+    assert "step=6.ckpt" in caplog.text
+    assert "its list of contents asks for os.system" in caplog.text
     (whole / "meta.pt").write_bytes(b"PK")
     assert last_checkpoint(tmp_path).name == "step=1.ckpt"
     assert "step=2.ckpt/meta.pt" in caplog.text
