@@ -129,7 +129,7 @@ def train(
     made = make_module(model, folder, reference, objective, **module)
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, precision=precision, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, inference_mode=False, default_root_dir=folder,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         callbacks=[followed, *callbacks, *(savers if save else [])],
         **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, "enable_checkpointing": bool(save)}
         | trainer_args,
@@ -145,7 +145,7 @@ def train(
     return {
         "losses": followed.losses, "norms": followed.norms, "rows": followed.rows, "val_rows": followed.val_rows,
         "logged": logged, "weights": {name: whole(weight) for name, weight in named.items()},
-        "steps": trainer.global_step, "pieces": followed.pieces, "reductions": followed.reductions,
+        "steps": trainer.global_step, "inference_mode": trainer.validate_loop.inference_mode, "pieces": followed.pieces, "reductions": followed.reductions,
         "ignored": followed.ignored, "reference": (followed.reference, _reference(made)),
         "sums": getattr(made, "_loss_sums", torch.zeros(0)).tolist(),
     }  # fmt: skip

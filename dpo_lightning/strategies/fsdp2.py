@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -110,6 +111,13 @@ class FSDP2Strategy(ModelParallelStrategy):
             return load_folder(path, self.model, self.optimizers)
         trusted = True if weights_only is None else weights_only
         return load_file(read(path, weights_only=trusted, mmap=True), self.model, self.optimizers)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Evaluate without gradients, but not in inference mode: weights that are gathered there cannot be trained."""
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
+        trainer.predict_loop.inference_mode = False
+        super().setup(trainer)
 
     def setup_environment(self) -> None:
         """Arrange the devices, those of tensor parallelism next to each other."""
