@@ -7,6 +7,7 @@ import datasets
 import pytest
 import small_runs
 import torch
+from families import FAMILIES, TINY
 from rank_pool import RankPool
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,58 +24,6 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-# Every constant that a family has between hidden states and logits is given a value at which it matters.
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2},
-    "gpt2": {},
-    "gpt_neox": {},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-    "mistral": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
-    "gemma2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 6,
-        "query_pre_attn_scalar": 5,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gemma3_text": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 6,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "query_pre_attn_scalar": 5,
-    },
-    "phi": {},
-    "phi3": {"num_key_value_heads": 2},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "granite": {"num_key_value_heads": 2, "attention_multiplier": 0.3, "logits_scaling": 0.5},
-    "cohere2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 6,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "logit_scale": 0.5,
-    },
-    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "sliding_window": 6},
-    "gptj": {"rotary_dim": 4},
-    "bloom": {},
-    "mamba": {},
-}
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -145,7 +145,8 @@ def train(
     return {
         "losses": followed.losses, "norms": followed.norms, "rows": followed.rows, "val_rows": followed.val_rows,
         "logged": logged, "weights": {name: whole(weight) for name, weight in named.items()},
-        "steps": trainer.global_step, "inference_mode": trainer.validate_loop.inference_mode, "pieces": followed.pieces, "reductions": followed.reductions,
+        "steps": trainer.global_step, "inference_mode": trainer.validate_loop.inference_mode,
+        "pieces": followed.pieces, "reductions": followed.reductions,
         "ignored": followed.ignored, "reference": (followed.reference, _reference(made)),
         "sums": getattr(made, "_loss_sums", torch.zeros(0)).tolist(),
     }  # fmt: skip

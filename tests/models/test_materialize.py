@@ -3,7 +3,7 @@
 import divided
 import pytest
 import torch
-from conftest import TINY
+from families import TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
