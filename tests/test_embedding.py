@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dpo_lightning import DPOModule, SFTModule
-from dpo_lightning.callbacks import ExportHF, MemoryPlan
+from dpo_lightning.callbacks import ExportHF, LogSamples, MemoryPlan
 from dpo_lightning.errors import UsageError
 from dpo_lightning.export import save_policy
 from dpo_lightning.losses import DPOLoss, TDPO2Loss, WPOLoss
@@ -233,6 +233,13 @@ def test_a_frozen_model_and_what_cannot_be_done_with_an_object_are_refused(tiny_
         recipe.load_tokenizer()
     with pytest.raises(UsageError, match="is no Hugging Face model"):
         save_policy(recipe, recipe.build(), tmp_path / "out")
+
+
+def test_samples_are_refused_of_a_model_that_does_not_write(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="the Wrapped in memory has no `generate`"):
+        small_runs.fit(
+            tmp_path, in_memory(Wrapped(tiny_llama)), small_runs.data(tiny_llama), callbacks=[LogSamples(["the film"])]
+        )
 
 
 def test_another_model_may_be_its_reference(tiny_llama, tmp_path):

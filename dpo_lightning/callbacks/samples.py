@@ -62,6 +62,11 @@ class LogSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Sample from the policy as training finds it, if a run that goes on has not done so when it began."""
+        if pl_module.policy is not None and not hasattr(pl_module.policy.model, "generate"):
+            raise UsageError(
+                f"LogSamples has the policy write, and {pl_module.spec.origin} has no `generate` as Hugging Face "
+                "models have; leave it out of `trainer.callbacks`."
+            )
         self._tokenizer = pl_module.spec.load_tokenizer()
         if self.before is None or trainer.ckpt_path is None:
             self.before = self._sample(trainer, pl_module)
