@@ -45,7 +45,7 @@ class Heap:
         self._holes: list[tuple[int, int]] = []  # sizes and addresses, in order
         self._size_at: dict[int, int] = {}
         self._start_of: dict[int, int] = {}  # holes by their ends
-        self._tensors: dict[int, tuple[int, int, int]] = {}  # what becomes a hole, from where and how large; bytes
+        self._tensors: dict[int, tuple[int, int]] = {}  # addresses and sizes
 
     @property
     def tensors(self) -> list[int]:
@@ -62,15 +62,16 @@ class Heap:
 
     def free(self, tensor: int) -> None:
         """Leave a hole where a tensor was."""
-        address, size, used = self._tensors.pop(tensor)
-        self.used -= used
+        address, size = self._tensors.pop(tensor)
+        self.used -= size
         self._leave(address, size)
 
     def _allocate(self, tensor: int, size: int) -> None:
         address, room = self._place(size + MARGIN)
         front = MARGIN // 2
-        lost = front if self._chance.random() < self._settled else 0
-        self._tensors[tensor] = address + lost, front - lost + size, size
+        if self._chance.random() >= self._settled:
+            self._leave(address, front)
+        self._tensors[tensor] = address + front, size
         self._leave(address + front + size, room - front - size)
         self.used += size
         self.most = max(self.most, self.used)

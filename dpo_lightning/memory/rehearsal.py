@@ -56,8 +56,9 @@ def rehearse(
         division: How training is divided among devices; as the Trainer divides it unless given.
 
     Returns:
-        A meter with bytes by kind at the peak of every place, and a trace. A place is a phase with a layer, counted from
-        the first for the first period and from the last for the last, or with ``head`` for what is outside of the layers.
+        A meter with a trace, and bytes by kind at the peak of every place. A place is a phase with a layer, counted
+        from the first for the first period and from the last for the last, or with ``head`` for what is outside of the
+        layers.
     """
     meter = Meter(module.device)
     with warnings.catch_warnings():
