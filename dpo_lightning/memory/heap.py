@@ -11,7 +11,7 @@ from typing import NamedTuple
 MARGIN = 96  # bytes that an aligned allocation asks for beyond its own, and hands back as pieces around it
 LEAST = 2**15  # bytes; what is smaller finds a place between the large ones
 STEPS = 2  # in the first what later ones find is not there yet
-TRIALS = 8
+TRIALS = 4
 
 Event = tuple[int, int | None]  # the number of a tensor, and its bytes at its birth, None at its death
 

@@ -19,8 +19,8 @@ from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references.synced import Synced
 
 GB, MB = 1e9, 1e6
-# How probably a small object settles beside a tensor and stays there (heap.py), as measured (benchmarks/README.md).
-# Graphs of models with adapters have more of them.
+# How probably a small object settles beside a tensor and stays there (heap.py): fitted to what training took on a CPU
+# (benchmarks/README.md). Graphs of models with adapters have more of them.
 SETTLED, SETTLED_WITH_ADAPTERS = 0.3, 0.5
 
 
@@ -36,7 +36,7 @@ class Plan:
         gathered: What is divided among devices and whole while it is used.
         activations: What the forward pass keeps for the backward pass.
         temporary: What one operation hands to the next: logits of a chunk, 16-bit copies of weights.
-        between: What the C library holds between tensors that are in use; on a CPU alone.
+        between: What the C library holds between tensors that are in use, as is to be expected; on a CPU alone.
         batch: What it holds for.
     """
 
