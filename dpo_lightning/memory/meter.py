@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dpo_lightning.memory.trace import Trace
+
 BLOCK = {"cuda": 512}  # bytes to which an allocator rounds; 64 on a CPU
 ASKED = {Tensor.numpy, Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__}
 WHOLE_NUMBERS = (torch.int64, torch.int32, torch.bool)
@@ -34,6 +36,7 @@ class Meter(TorchDispatchMode):
         phase: What goes on; while it is None no peak is kept.
         position: Where in the model; while it is None no peak is kept.
         peaks: The bytes of every kind at the moment of each phase and position at which their sum was highest.
+        trace: Births and deaths.
 
     Args:
         device: Tensors on devices of another type are not counted.
@@ -45,6 +48,7 @@ class Meter(TorchDispatchMode):
         self.phase: str | None = None
         self.position: int | str | None = None
         self.peaks: dict[Place, Bytes] = {}
+        self.trace = Trace()
         self.device = device
         self._fakes = FakeTensorMode()
         self._alive: dict[int, _Storage] = {}
@@ -65,7 +69,14 @@ class Meter(TorchDispatchMode):
         kind = "temporary" if self._casts_a_weight(func, args) else self.kind
         for part in result if isinstance(result, (tuple, list)) else (result,):
             self._count(part, kind)
+        if self.device.type == "cpu" and torch.Tag.pointwise in func.tags:
+            self._cast_inside(flat)
         return result
+
+    def move(self, position: int | str | None) -> None:
+        """Note that the computation has come to another place in the model."""
+        self.position = position
+        self.trace.mark(self.phase, position)
 
     def rename(self, tensors: Iterable[Any], kind: str) -> None:
         """Count tensors that are there under another kind."""
@@ -99,6 +110,9 @@ class Meter(TorchDispatchMode):
             return
         self._alive[key] = _Storage(self, part, kind)
         self._bytes[kind] += self._alive[key].size
+        self._keep_peak()
+
+    def _keep_peak(self) -> None:
         if self.phase is None or self.position is None:
             return
         place = self.phase, self.position
@@ -108,6 +122,18 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         storage = self._alive.pop(key)
         self._bytes[storage.kind] -= storage.size
+        self.trace.died(storage.number)
+
+    def _cast_inside(self, parts: list[Any]) -> None:
+        """On a CPU an operation on numbers of several dtypes holds copies in the widest of them while it runs."""
+        tensors = [part for part in parts if isinstance(part, FakeTensor) and part.ndim and part.is_floating_point()]
+        widest = max((tensor.dtype.itemsize for tensor in tensors), default=0)
+        size = sum(tensor.numel() * widest for tensor in tensors if tensor.dtype.itemsize < widest)
+        if size:
+            self._bytes["temporary"] += size
+            self._keep_peak()
+            self._bytes["temporary"] -= size
+            self.trace.died(self.trace.born(size))
 
     def _casts_a_weight(self, func: Any, args: Any) -> bool:
         """Autocast's copies of weights live through the forward and are no activations."""
@@ -137,6 +163,7 @@ class _Storage:
         self.kind = kind
         block = BLOCK.get(meter.device.type, 64)
         self.size = -(-storage.nbytes() // block) * block
+        self.number = meter.trace.born(self.size)
         self._death = weakref.ref(storage, lambda _: meter._forget(key))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.memory.division import Division, Gathered, divided
+from dpo_lightning.memory.heap import between
 from dpo_lightning.memory.meter import Bytes, Place
 from dpo_lightning.memory.rehearsal import Case, rehearse
 from dpo_lightning.memory.stand_ins import layer_lists
@@ -18,9 +19,9 @@ from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references.synced import Synced
 
 GB, MB = 1e9, 1e6
-# Of what comes and goes in a step on a CPU, as measured (benchmarks/README.md): small objects settle where a tensor
-# was, and the next one of its size needs another place. The small states of adapters lie everywhere between large ones.
-BETWEEN, BETWEEN_WITH_ADAPTERS = 0.6, 0.9
+# How probably a small object settles beside a tensor and stays there (heap.py): fitted to what training took on a CPU
+# (benchmarks/README.md). Graphs of models with adapters have more of them.
+SETTLED, SETTLED_WITH_ADAPTERS = 0.3, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Plan:
         gathered: What is divided among devices and whole while it is used.
         activations: What the forward pass keeps for the backward pass.
         temporary: What one operation hands to the next: logits of a chunk, 16-bit copies of weights.
-        between: What the C library holds between tensors that are in use; on a CPU alone.
+        between: What the C library holds between tensors that are in use, as is to be expected; on a CPU alone.
         batch: What it holds for.
     """
 
@@ -106,17 +107,18 @@ def plan(module: PolicyModule, case: Case, division: Division | None = None) -> 
     period = math.lcm(period, int(case.policy.activation_checkpointing) or 1)
     rehearsed = case if division.shards == 1 else _in_dtype_of_products(module, case)
     if count <= 3 * period:
-        peaks = rehearse(module, rehearsed, division=division)
+        meter = rehearse(module, rehearsed, division=division)
+        peaks, times = meter.peaks, 1
     else:
-        few, more = (rehearse(module, rehearsed, periods * period, period, division) for periods in (2, 3))
-        peaks = {place: _extrapolate(few[place], more[place], count / period - 2) for place in few}
+        few, meter = (rehearse(module, rehearsed, periods * period, period, division) for periods in (2, 3))
+        peaks = {place: _extrapolate(few.peaks[place], meter.peaks[place], count / period - 2) for place in few.peaks}
+        times = count // period - 2
     if division.shards > 1:
         peaks = _divided(peaks, case, rehearsed, min(count, period), division.shards)
     peak = max(peaks.values(), key=lambda peak: sum(peak.values()))
     if module.device.type == "cpu":
-        passing = peak.get("activations", 0) + peak.get("temporary", 0)
-        share = BETWEEN if case.policy.lora is None else BETWEEN_WITH_ADAPTERS
-        peak = peak | {"between": round(share * passing)}
+        settled = SETTLED if case.policy.lora is None else SETTLED_WITH_ADAPTERS
+        peak = peak | {"between": between(meter.trace.deepened(times), settled)}
     return Plan(batch=BatchSize.of(case.batch), **peak)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.memory.division import Division
-from dpo_lightning.memory.meter import Bytes, Host, Meter, Place
+from dpo_lightning.memory.meter import Host, Meter
 from dpo_lightning.memory.stand_ins import KnownScores, layers_of, stand_in
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
@@ -45,8 +45,8 @@ def rehearse(
     num_layers: int | None = None,
     period: int = 1,
     division: Division | None = None,
-) -> dict[Place, Bytes]:
-    """Peaks of a training step in its steady state, with the optimizer's state there.
+) -> Meter:
+    """A training step in its steady state, with the optimizer's state there.
 
     Args:
         module: The module with its Trainer; it is left as it is.
@@ -56,8 +56,9 @@ def rehearse(
         division: How training is divided among devices; as the Trainer divides it unless given.
 
     Returns:
-        Bytes by kind at the peak of every place. A place is a phase with a layer, counted from the first for the first
-        period and from the last for the last, or with ``head`` for what is outside of the layers.
+        A meter with a trace, and bytes by kind at the peak of every place. A place is a phase with a layer, counted
+        from the first for the first period and from the last for the last, or with ``head`` for what is outside of the
+        layers.
     """
     meter = Meter(module.device)
     with warnings.catch_warnings():
@@ -65,7 +66,7 @@ def rehearse(
         with meter, torch.device(module.device), Host():
             double = _double(module, case, meter, num_layers, period)
             _run(double, case, meter, division or Division.of(module.trainer))
-    return meter.peaks
+    return meter
 
 
 def _run(module: PolicyModule, case: Case, meter: Meter, division: Division) -> None:
@@ -102,9 +103,11 @@ def _backward(loss: torch.Tensor, meter: Meter) -> None:
 
 @contextmanager
 def _phase(meter: Meter, name: str, kind: str = "temporary") -> Iterator[None]:
-    meter.phase, meter.position, meter.kind = name, "head", kind
+    meter.phase, meter.kind = name, kind
+    meter.move("head")
     yield
     meter.phase, meter.kind = None, "temporary"
+    meter.move(None)
 
 
 def _double(module: PolicyModule, case: Case, meter: Meter, num_layers: int | None, period: int) -> PolicyModule:
@@ -157,7 +160,7 @@ def _mark_layers(policy: CausalPolicy, meter: Meter, period: int) -> None:
 
 def _marker(meter: Meter, position: int | None) -> Callable[..., None]:
     def mark(*_: Any) -> None:
-        meter.position = position
+        meter.move(position)
 
     return mark
 
@@ -168,6 +171,6 @@ def _backward_marker(meter: Meter, position: int | None, last: bool) -> Callable
         if hidden.requires_grad:
             hidden.register_hook(_marker(meter, position))
         if last:
-            meter.position = "head"
+            meter.move("head")
 
     return mark
