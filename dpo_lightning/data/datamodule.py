@@ -30,6 +30,7 @@ from dpo_lightning.data.stream import ShuffledStream, StreamLoader, first_exampl
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
+from dpo_lightning.ranks import data_place
 
 AnySource = str | Source | Mixture | Sequence[Row]
 WITHOUT_GRADIENTS = 4  # times the tokens that fit with gradients: nothing is kept for backward
@@ -283,11 +284,7 @@ class PreferenceDataModule(LightningDataModule):
     def _place(self, split: str, batch_size: int) -> _Place:
         place = _Place(seed=torch.initial_seed() if self.seed is None else self.seed)
         if self.trainer is not None:
-            # Ranks that share the products of one model, by tensor parallelism, count as one.
-            alone = {"rank": 0, "num_replicas": 1}
-            found = getattr(self.trainer.strategy, "distributed_sampler_kwargs", alone)
-            seed = self.trainer.strategy.broadcast(place.seed)
-            place = _Place(rank=found["rank"], world_size=found["num_replicas"], seed=seed)
+            place = _Place(*data_place(self.trainer), self.trainer.strategy.broadcast(place.seed))
         if split == "train" and batch_size % place.world_size:
             raise UsageError(
                 f"A train batch of {batch_size} examples does not divide among {place.world_size} devices; change "

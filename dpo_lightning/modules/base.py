@@ -31,8 +31,8 @@ from dpo_lightning.modules.gradients import clip_by_norm, clip_by_value, gradien
 from dpo_lightning.modules.guard import Guard, Run
 from dpo_lightning.modules.resumption import ResumableModule
 from dpo_lightning.modules.schedule import Schedule, lr_factor
-from dpo_lightning.modules.steps import data_ranks
 from dpo_lightning.modules.throughput import Throughput
+from dpo_lightning.ranks import data_place
 from dpo_lightning.recipes import from_plain, to_plain
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,9 @@ class PolicyModule(ResumableModule):
 
     def setup(self, stage: str) -> None:
         """Find out what cannot be done before any weight is loaded."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
-            raise UsageError(FSDP1)
         if self._trainer is not None:
+            if isinstance(self.trainer.strategy, FSDPStrategy):
+                raise UsageError(FSDP1)
             write_whole_files(self.trainer)
         if stage == "fit":
             self.spec.check()
@@ -332,7 +332,7 @@ class PolicyModule(ResumableModule):
 
     def _share_of_rank(self) -> float:
         """What a rank adds to a sum over ranks: those that share the products of one model have the same batches."""
-        return data_ranks(self.trainer) / self.trainer.world_size
+        return data_place(self.trainer).ranks / self.trainer.world_size
 
     def _lr_factor(self, step: int) -> float:
         # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data

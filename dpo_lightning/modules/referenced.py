@@ -12,6 +12,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.ranks import data_place
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel, Run
 from dpo_lightning.references.frozen import FrozenCopy
@@ -124,8 +125,7 @@ class ReferencedModule(PolicyModule):
         self._build_reference()
         assert self.reference_policy is not None
         strategy = self.trainer.strategy
-        place = getattr(strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        run = Run(place["rank"], place["num_replicas"], strategy.barrier, self._score)
+        run = Run(*data_place(self.trainer), strategy.barrier, self._score)
         data = getattr(self.trainer, "datamodule", None)
         self.reference_policy.prepare(data if hasattr(data, "unscored") else None, run)
 

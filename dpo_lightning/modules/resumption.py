@@ -6,14 +6,14 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 
 from dpo_lightning.batch import Batch
 from dpo_lightning.checkpoints.versions import versions
-from dpo_lightning.modules.steps import PiecewiseModule, data_ranks
+from dpo_lightning.modules.steps import PiecewiseModule
+from dpo_lightning.ranks import data_place
 
 SEED, VERSIONS, FIT_METRIC = "seed", "versions", "fit_metric"
 
@@ -68,7 +68,7 @@ class ResumableModule(PiecewiseModule):
             progress.increment_ready()
             progress.increment_started()
         assert self._seed is not None
-        torch.manual_seed(noise_seed(self._seed, self._batch_number, _data_rank(self.trainer)))
+        torch.manual_seed(noise_seed(self._seed, self._batch_number, data_place(self.trainer).rank))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take note of the step."""
@@ -94,7 +94,7 @@ class ResumableModule(PiecewiseModule):
                 return
             checkpoint["loops"]["fit_loop"], metric = self._standing
         gathered = {name: self.all_gather(value.float()) for name, value in metric.items()}
-        alike = self.trainer.world_size // data_ranks(self.trainer)  # ranks, one behind the other, count the same
+        alike = self.trainer.world_size // data_place(self.trainer).ranks  # ranks, one behind the other, count the same
         checkpoint[FIT_METRIC] = {
             name: (value if alike == 1 else value[::alike]).tolist()  # type: ignore[union-attr]
             for name, value in gathered.items()
@@ -117,7 +117,7 @@ class ResumableModule(PiecewiseModule):
 
     def _take_up_metric(self, states: dict[str, list]) -> None:
         """Each rank its own sums, or where there are other ranks now the first one those of all."""
-        rank, ranks = _data_rank(self.trainer), data_ranks(self.trainer)
+        rank, ranks = data_place(self.trainer)
         for name, value in self._collected().items():
             saved = torch.tensor(states.get(name, []), device=self.device)
             if saved.shape == value.shape:  # one process gathers nothing
@@ -137,9 +137,3 @@ def noise_seed(seed: int, batch: int, rank: int) -> int:
         rank: Which share of the batch it is.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {batch} {rank}".encode(), digest_size=8).digest()) >> 1
-
-
-def _data_rank(trainer: Trainer) -> int:
-    """Which share of a batch this process has: ranks that split one model's tensors have the same."""
-    sampler: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return sampler.get("rank", trainer.global_rank)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dpo_lightning.batch import Batch, PreferenceBatch
+from dpo_lightning.ranks import data_place
 
 
 class PiecewiseModule(LightningModule):
@@ -35,7 +36,7 @@ class PiecewiseModule(LightningModule):
         window = batch.window
         if window is None or window.batches != self.trainer.accumulate_grad_batches:
             return None
-        return getattr(window, counted) / (data_ranks(self.trainer) * window.batches)
+        return getattr(window, counted) / (data_place(self.trainer).ranks * window.batches)
 
     def pieces(self, batch: Batch) -> Sequence[PreferenceBatch]:
         """What is run one after the other; a loss that needs a batch as a whole refuses several."""
@@ -81,9 +82,3 @@ class PiecewiseModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
         return loss.detach()
-
-
-def data_ranks(trainer: Trainer) -> int:
-    """Ranks that have batches of their own: all but those that share the products of one model."""
-    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
-    return 1 if found is None else found["num_replicas"]
