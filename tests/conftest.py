@@ -1,6 +1,7 @@
 """Fixtures that several tests share: a tiny model with its tokenizer in a folder, and tiny configs of many families."""
 
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -53,6 +54,15 @@ def tiny_config():
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random Llama and a byte-level tokenizer that puts a begin token before a text; it can chat."""
     return _save_llama(tmp_path_factory.mktemp("tiny") / "llama", width=32)
+
+
+@pytest.fixture(scope="session")
+def noisy_llama(tiny_llama, tmp_path_factory):
+    """The tiny Llama with dropout in its config."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("noisy") / "llama")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -184,22 +184,14 @@ def _moments(states):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama, tmp_path_factory):
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("noisy") / "llama")
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory):
-    folder = write_run(tmp_path_factory.mktemp("whole") / "run", model)
+def uninterrupted(noisy_llama, tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("whole") / "run", noisy_llama)
     assert finished(folder) == 0
     return outcome(folder)
 
 
-def test_kills_at_random_moments_cost_only_the_steps_since_the_last_checkpoint(model, tmp_path, uninterrupted):
-    folder, chance, kills = write_run(tmp_path / "run", model), random.Random(0), []
+def test_kills_at_random_moments_cost_only_the_steps_since_the_last_checkpoint(noisy_llama, tmp_path, uninterrupted):
+    folder, chance, kills = write_run(tmp_path / "run", noisy_llama), random.Random(0), []
     for number in range(KILLS):
         kill = killed(folder, chance, number)
         if kills:
@@ -246,9 +238,9 @@ def with_other_count(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def stopped(model, tmp_path_factory):
+def stopped(noisy_llama, tmp_path_factory):
     """Folder of a run that was killed in the middle."""
-    folder = write_run(tmp_path_factory.mktemp("stopped") / "run", model)
+    folder = write_run(tmp_path_factory.mktemp("stopped") / "run", noisy_llama)
     process = Forked(folder)
     wait_for(folder, process, 0, lambda lines: ("step", STEPS // 2 + 3) in lines)
     process.kill()

@@ -1,7 +1,5 @@
 """Being stopped costs nothing: a run that goes on from a checkpoint equals one that never stopped, bit for bit."""
 
-import shutil
-
 import pytest
 import small_runs
 import torch
@@ -15,15 +13,6 @@ from dpo_lightning.data.sources import Rows
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.modules.resumption import noise_seed
 from dpo_lightning.references import AdaptersOff, Cached, Synced
-
-
-@pytest.fixture(scope="module")
-def noisy_llama(tiny_llama, tmp_path_factory):
-    """The tiny Llama with dropout in its config."""
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("noisy") / "llama")
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
-    return folder
 
 
 class Lines(DummyLogger):

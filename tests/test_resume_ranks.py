@@ -1,7 +1,6 @@
 """Ranks that go on from a checkpoint equal ranks that never stopped, bit for bit, and by another strategy nearly so."""
 
 import itertools
-import shutil
 
 import pytest
 import strategy_runs
@@ -27,15 +26,6 @@ RUNS = {
     "in pieces, accumulated": {"accumulate_grad_batches": 2, "data": {"micro_batch_tokens": 45}, **NOISE},
 }  # fmt: skip
 BY_DEFAULT = {("fsdp2", "Cached, accumulated, with dropout"), ("fsdp2", "Synced, with workers")}
-
-
-@pytest.fixture(scope="module")
-def noisy_llama(tiny_llama, tmp_path_factory):
-    """The tiny Llama with dropout in its config."""
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("noisy") / "llama")
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
-    return str(folder)
 
 
 def marked(strategy, name):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from dpo_lightning.errors import UsageError
 from dpo_lightning.export.weights import Stored, Weights, in_memory, in_safetensors, is_sharded
 from dpo_lightning.export.writing import put_in_place, remove_stale, save_temporarily, write_weights
-from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, merging_steps, outline_adapter
+from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, is_of_adapter, merging_steps, outline_adapter
 from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
+from dpo_lightning.models.weight_files import safetensors_files
 from dpo_lightning.paths import resolve
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _complete(weights: Weights, steps: Iterable[Step], aliases: dict[str, str]) 
 
 def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
     model = trained.outline(adapted=True)
-    names = [name for name in model.state_dict() if f".{TRAINED}." in f"{name}."]
+    names = [name for name in model.state_dict() if is_of_adapter(name, TRAINED)]
     weights = _complete(trained.weights, [Step((), (name,), dict) for name in names], {})
     tensors = {name: weights[name].read() for name in names}
     if not writes:
@@ -218,7 +218,7 @@ def _stored(spec: PolicySpec, model: PreTrainedModel) -> Weights | None:
     """Weights by their names in memory as they lie in files, where those differ by no more than a prefix."""
     if any(isinstance(part, WeightConverter) for part in get_model_conversion_mapping(model, add_legacy=False)):
         return None
-    files, aliases = in_safetensors(weight_files(spec)), aliases_of(model)
+    files, aliases = in_safetensors(safetensors_files(spec.file)), aliases_of(model)
     prefix, found = f"{model.base_model_prefix}.", {}
     for name, weight in model.state_dict().items():
         stored = files.get(name) or files.get(name.removeprefix(prefix))
@@ -232,12 +232,3 @@ def _stored(spec: PolicySpec, model: PreTrainedModel) -> Weights | None:
 def _loaded(spec: PolicySpec) -> Weights:
     log.info(f"The weights of {spec.path} lie in files otherwise than in memory, so all of them are loaded.")
     return in_memory(replace(spec, quantize=None).load_model().state_dict())
-
-
-def weight_files(spec: PolicySpec) -> Iterator[Path]:
-    """The safetensors files of a model; none where it has others."""
-    index = spec.file("model.safetensors.index.json")
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return (path for path in map(spec.file, names) if path is not None)

@@ -120,9 +120,7 @@ def _load_adapter(model: PreTrainedModel, path: str) -> None:
 
 def name_below_adapters(name: str) -> str:
     """Name that a weight has in a model without adapters."""
-    for part in (".base_layer.", f".modules_to_save.{TRAINED}.", ".original_module."):
-        name = name.replace(part, ".")
-    return name
+    return re.sub(rf"(\.base_layer|\.original_module|\.modules_to_save\.{TRAINED})+\.", ".", name)
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,11 +129,12 @@ def adapter_weights(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Pa
 
 
 def _named(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in model.named_parameters() if f".{adapter}." in f"{name}.")
+    return ((name, weight) for name, weight in model.named_parameters() if is_of_adapter(name, adapter))
 
 
-def _of_adapter(names: Iterable[str], adapter: str) -> Iterator[str]:
-    return (name for name in names if f".{adapter}." in f"{name}.")
+def is_of_adapter(name: str, adapter: str) -> bool:
+    """Whether a weight of this name is one of an adapter."""
+    return f".{adapter}." in f"{name}."
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -228,9 +227,9 @@ def _renamed(names: Mapping[str, str], weights: Mapping[str, Tensor]) -> dict[st
 
 def below_adapters(model: nn.Module) -> dict[str, str]:
     """Weights that are no adapter's, by their names in a model with adapters; their names in the plain model."""
-    adapters = {name for adapter in (TRAINED, REFERENCE) for name in _of_adapter(model.state_dict(), adapter)}
-    names = (name for name in model.state_dict() if name not in adapters)
-    return {name: re.sub(r"(\.base_layer|\.original_module)+\.", ".", name) for name in names}
+    adapters = (TRAINED, REFERENCE)
+    names = (name for name in model.state_dict() if not any(is_of_adapter(name, adapter) for adapter in adapters))
+    return {name: name_below_adapters(name) for name in names}
 
 
 @torch.no_grad()

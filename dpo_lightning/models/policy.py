@@ -72,9 +72,9 @@ class CausalPolicy(nn.Module):
             outputs_alone: Give what log-probabilities are computed from instead, as :meth:`outputs` does.
         """
         outputs = self.compute_outputs(batch)
-        if outputs_alone and is_sharded(self) and outputs.weight is not None:
-            return outputs._replace(weight=outputs.weight.clone())  # what is gathered may be gone behind the forward
         if outputs_alone:
+            if is_sharded(self) and outputs.weight is not None:  # what is gathered may be gone behind the forward
+                outputs = outputs._replace(weight=outputs.weight.clone())
             return outputs
         logps = score(outputs, batch)
         if is_sharded(self):  # whose hooks on what is returned a view would lose

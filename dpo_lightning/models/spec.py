@@ -224,7 +224,7 @@ class PolicySpec:
         model = None if drawn and read else without_storage(lambda: self._from_config(config))
         if model is None or not read:
             return model, {}
-        stored = stored_weights(model, self._location(self.path)[0], self.revision)
+        stored = stored_weights(model, self.file)
         if stored is None:
             return None, {}
         return model, {name: weight.read for name, weight in stored.items()}
@@ -247,19 +247,14 @@ class PolicySpec:
             options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
         return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **options)
 
-    @staticmethod
-    def _location(path: str) -> tuple[str, bool]:
-        """A folder here, or a name on a hub; and whether it is the former."""
-        folder = Path(resolve(path)).expanduser()
-        return (str(folder), True) if folder.is_dir() else (path, False)
-
     def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
-        location, local = self._location(path)
+        location = Path(resolve(path)).expanduser()
+        local = location.is_dir()
         if not local and (path.count("/") > 1 or path.startswith((PACKAGE, ".", "/", "~"))):
             raise UsageError(f"`{key}`: there is no folder {path}, and it is no name on a hub (owner/model).")
         try:
             return auto.from_pretrained(
-                location,
+                str(location) if local else path,
                 local_files_only=local,
                 trust_remote_code=self.trust_remote_code,
                 **{"revision": self.revision, **kwargs},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.models.shard import Box
+
+Finder = Callable[[str], Path | None]
 
 ROWS = 4096  # of a table that are compared at a time
 
@@ -40,13 +42,12 @@ class StoredWeight(NamedTuple):
             return part[box]
 
 
-def stored_weights(model: PreTrainedModel, path: str, revision: str | None) -> Mapping[str, StoredWeight] | None:
+def stored_weights(model: PreTrainedModel, find: Finder) -> Mapping[str, StoredWeight] | None:
     """Where the weights of a model lie, by their names in it.
 
     Args:
         model: The model, of which names alone are looked at.
-        path: A folder, or a name on the hub.
-        revision: Branch, tag or commit on the hub.
+        find: Gives a file of the model by its name, or ``None`` where there is none.
 
     Returns:
         ``None`` where the family makes its weights of several stored ones, or there are no safetensors files.
@@ -54,8 +55,8 @@ def stored_weights(model: PreTrainedModel, path: str, revision: str | None) -> M
     Raises:
         UsageError: If the weights are others than the config says.
     """
-    files = safetensors_files(path, revision)
-    if files is None:
+    files = safetensors_files(find)
+    if not files:
         return None
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -108,12 +109,13 @@ def _same(first: StoredWeight, second: StoredWeight) -> bool:
         return all(equal(*(part[start : start + ROWS] for part in pair)) for start in rows)
 
 
-def safetensors_files(path: str, revision: str | None) -> list[Path] | None:
-    """The files of a folder or a model on the hub, in one or in several parts; ``None`` where there are none."""
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **options)
+def safetensors_files(find: Finder) -> list[Path]:
+    """The files of a model, in one or in several parts; none where it has others.
+
+    Args:
+        find: Gives a file of the model by its name, or ``None`` where there is none.
+    """
+    index, names = find(SAFE_WEIGHTS_INDEX_NAME), [SAFE_WEIGHTS_NAME]
     if index is not None:
-        names, _ = get_checkpoint_shard_files(path, index, revision=revision)
-        return list(map(Path, names))
-    single = cached_file(path, SAFE_WEIGHTS_NAME, **options)
-    return None if single is None else [Path(single)]
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for path in map(find, names) if path is not None]
