@@ -33,7 +33,7 @@ def test_the_python_example_runs(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_the_yaml_example_names_real_keys():
-    example, _ = blocks("yaml")
+    example = blocks("yaml")[0]
     complete = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     data = yaml.safe_load(example)["data"]
     assert data["class_path"] == complete["data"]["class_path"]
@@ -63,6 +63,12 @@ def test_the_loss_of_ones_own_runs_from_the_command_line(tiny_llama, tmp_path, m
         assert runs[0].trainer.global_step == 3
     finally:
         sys.modules.pop("my_loss", None)
+
+
+def test_the_trainer_of_a_cluster_is_what_the_shipped_config_says():
+    example = yaml.safe_load(blocks("yaml")[2])["trainer"]
+    shipped = yaml.safe_load((ROOT / "configs/multinode.yaml").read_text())["trainer"]
+    assert example == {key: shipped[key] for key in example}
 
 
 def test_every_loss_and_every_overlay_is_in_the_table():
