@@ -8,7 +8,6 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -27,6 +26,7 @@ from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references import Reference
 from dpo_lightning.resuming import KeepConfig, go_on, last_of
+from dpo_lightning.tools import TOOLS, run_tool
 
 COMPONENTS = (PreferenceLoss, Reference, Source, Format, PolicyModule, LightningDataModule, Callback)
 TOP_LEVEL = (
@@ -163,21 +163,6 @@ def run(args: list[str] | None = None) -> DPOLightningCLI:
     )
 
 
-def export(args: list[str]) -> None:
-    """`dpo-lightning export CHECKPOINT FOLDER`."""
-    from dpo_lightning.export import export as convert
-
-    parser = ArgumentParser(prog="dpo-lightning export")
-    parser.add_function_arguments(convert, as_positional=True, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="Write into a folder that is not empty.")
-    arguments = parser.parse_args(args)
-    convert(**vars(arguments))
-    print(f"Written: {arguments.folder}")
-
-
-TOOLS = {"export": export}  # commands that need no config
-
-
 def main() -> None:
     """Entry point of the command; a mistake of the user's ends with its message alone."""
     logging.basicConfig(format="%(message)s")
@@ -192,12 +177,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     sys.path.append("")  # a user's own classes lie in the folder that the command is started from
-    command = TOOLS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
-        if command is None:
-            run()
+        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+            run_tool(sys.argv[1], sys.argv[2:])
         else:
-            command(sys.argv[2:])
+            run()
     except Exception as error:
         mistake = _usage_error_in(error)
         if mistake is None:

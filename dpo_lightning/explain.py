@@ -18,13 +18,14 @@ MISSING = re.compile(r"the following arguments are required: (.*)")
 PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
 
 
-def explain(message: str, top_level: Sequence[str], bases: Iterable[type]) -> str:
+def explain(message: str, top_level: Sequence[str], bases: Iterable[type], command: str = "dpo-lightning fit") -> str:
     """What an error of the parser means.
 
     Args:
         message: The parser's own message.
         top_level: Keys known at the top of a config, those of the Trainer included.
         bases: Base classes of the components that a config may name.
+        command: The command that was given.
 
     Returns:
         One line on what is wrong and what to do; the parser's message itself where it is of an unknown kind.
@@ -32,7 +33,7 @@ def explain(message: str, top_level: Sequence[str], bases: Iterable[type]) -> st
     where = ".".join(PARSER_KEY.findall(message))
     components = COMPONENT.findall(message)
     if unknown := UNKNOWN_FLAG.search(message):
-        return f"there is no key {_key(unknown[1], top_level)}; see `dpo-lightning fit --help`."
+        return f"there is no key {_key(unknown[1], top_level)}; see `{command} --help`."
     if unknown := UNKNOWN_KEY.search(message):
         group, key = unknown[1], unknown[2]
         if not components:

@@ -34,7 +34,7 @@ def export(
     max_shard_size: str = "5GB",
     base: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Path:
     """Turn a checkpoint into a Hugging Face folder: weights, tokenizer, chat template, model card.
 
     It takes one CPU and about as much memory as one file of weights.
@@ -47,6 +47,9 @@ def export(
         max_shard_size: Most of a file of weights, as in 5GB or 500MB.
         base: Folder or hub name of the model that training began with, if it is no longer where it was.
         overwrite: Write into a folder that is not empty, in the place of a model that it holds.
+
+    Returns:
+        The folder.
 
     Raises:
         UsageError: If the checkpoint is none, its base model is not found, or the folder is not empty.
@@ -67,6 +70,7 @@ def export(
     write(trained, target, adapter=adapter, max_shard_size=max_shard_size)
     alone = spec.lora is not None and adapter == "save"
     write_companions(target, tokenizer, found.record, base=spec.path, alone=alone)
+    return target
 
 
 def _spec(found: Checkpoint, base: str | None) -> PolicySpec:

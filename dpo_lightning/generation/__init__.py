@@ -1,0 +1,5 @@
+"""Sampling continuations."""
+
+from dpo_lightning.generation.sampling import Continuation, sample
+
+__all__ = ["Continuation", "sample"]
