@@ -61,6 +61,8 @@ class PreferenceDataModule(LightningDataModule):
         truncation: Keep examples that are longer, cut, or drop them. Responses are cut at their right.
         truncation_side: Where a prompt is cut.
         num_responses: Keep the best so many responses of each example; 1 makes data for SFT.
+        end_token: Close responses that are text by the end token; not where all of them were cut at some length, as of
+            samples that came to no end.
         chat: How messages become text.
         strict: Stop where an example cannot be used, instead of leaving it out.
         cache: Keep tokens on disk, in the datasets cache, and use them again as long as nothing changes them.
@@ -87,6 +89,7 @@ class PreferenceDataModule(LightningDataModule):
         truncation: Literal["keep", "drop"] = "keep",
         truncation_side: Literal["left", "right"] = "left",
         num_responses: int | None = None,
+        end_token: bool = True,
         chat: Chat | None = None,
         strict: bool = False,
         cache: bool = True,
@@ -119,6 +122,7 @@ class PreferenceDataModule(LightningDataModule):
             truncation_side=truncation_side,
             chat=chat or Chat(),
             num_responses=num_responses,
+            end_token=end_token,
         )
         self.stock = Stock(
             self.sources,

@@ -34,7 +34,7 @@ class Notes(NamedTuple):
     Attributes:
         cut_prompt: Prompts cut.
         cut_responses: Responses cut at their right, and so without end token.
-        no_end: Responses without end token, though they are whole.
+        no_end: Responses without end token, though they are whole and one was asked for.
         merged: Responses tokenised by themselves, since tokens merge across the boundary.
         two_begins: Prompts with two begin tokens: their text has one, and the tokenizer adds one.
         special: 1 where a text holds a special token, which it becomes.
@@ -62,6 +62,7 @@ class Tokenization:
         truncation_side: Where a prompt is cut; its begin token stays.
         chat: How messages become text.
         num_responses: Keep the best so many responses.
+        end_token: Close responses that are text by the end token.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +72,7 @@ class Tokenization:
     truncation_side: Literal["left", "right"] = "left"
     chat: Chat = field(default_factory=Chat)
     num_responses: int | None = None
+    end_token: bool = True
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -182,7 +184,7 @@ class Tokenization:
         notes = Notes(
             cut_prompt=int(len(kept) < len(prompt)),
             cut_responses=sum(len(response.ids) > room for response in responses),
-            no_end=sum(not self._ends(response) for response in responses if len(response.ids) <= room),
+            no_end=sum(self.end_token and not self._ends(one) for one in responses if len(one.ids) <= room),
             merged=sum(response.merged for response in responses),
             two_begins=int(bos is not None and prompt[:2] == [bos, bos]),
             run_on=int(not item.templated and any(map(_runs_on, [whole_prompt] * len(texts), texts))),
@@ -213,7 +215,7 @@ class Tokenization:
             tokens, scored, merged = tokens + part, scored + [piece.scored] * len(part), merged or not follows
         response = _Response(tokens, scored, merged)
         end = self.tokenizer.eos_token_id
-        if item.templated or end is None or response.ids[-1:] == [end]:
+        if item.templated or not self.end_token or end is None or response.ids[-1:] == [end]:
             return response
         return _Response([*response.ids, end], [*response.scored, True], merged)
 

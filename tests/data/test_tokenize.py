@@ -236,6 +236,12 @@ def test_a_tokenizer_without_end_token_is_noted(makes):
     assert notes(bare, "x", " c", " yyyy", max_length=5) == {"no_end": 1, "cut_responses": 1}  # once each
 
 
+def test_no_end_token_stands_where_none_is_asked_for(makes):
+    assert only(makes["llama"], "x", " c", " y", end_token=False) == (["<s>", "x"], [["Ġ", "c"], ["Ġ", "y"]])
+    assert notes(makes["llama"], "x", " c", " y", end_token=False) == {}
+    assert only(makes["llama"], "x", " c</s>", " y", end_token=False)[1][0] == ["Ġ", "c", "</s>"]  # it is the text's
+
+
 def test_two_begin_tokens_are_noted(makes):
     assert notes(makes["llama"], "<s>x", " c") == {"two_begins": 1, "special": 1}
     assert notes(makes["llama"], "x", " c") == {}
