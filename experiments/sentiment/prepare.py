@@ -1,0 +1,100 @@
+"""What the experiment begins with: reviews to learn, prefixes of them to continue, a tokenizer and a model's shape.
+
+Two sources: the grammar of film reviews that the package brings, and the IMDb reviews of Maas et al. 2011 as files.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo_lightning.paths import resolve
+from dpo_lightning.quickstart.grammar import beginnings, corpus, is_held_out, review
+
+PREFIX_TOKENS = (2, 8)  # DPO (arXiv:2305.18290), appendix C.1
+END, PAD = "<|end|>", "<|pad|>"
+
+
+def grammar(out: Path, num_reviews: int, num_prompts: int, num_held_out: int) -> None:
+    """Everything from the package's grammar and the shape of its tiny model; nothing of what that model has learnt."""
+    folder = resolve("package:quickstart/model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(1)
+    held_out = [beginning for beginning in beginnings() if is_held_out(beginning)]
+    new = [review(rng.choice(held_out), rng) for _ in range(500 + num_held_out)]
+    write_texts(out / "reviews.jsonl", corpus(num_reviews, seed=2))
+    write_texts(out / "reviews_held_out.jsonl", new[:500])
+    write_prompts(out / "prompts.jsonl", corpus(num_prompts, seed=3), tokenizer, seed=4)
+    write_prompts(out / "prompts_held_out.jsonl", new[500:], tokenizer, seed=5)
+    save_blank(out / "blank", tokenizer, AutoConfig.from_pretrained(folder))
+
+
+def imdb(folder: Path, out: Path, num_prompts: int, num_held_out: int) -> None:
+    """The same from ``train.jsonl.xz`` and ``test.jsonl.xz``, with a tokenizer learnt on the reviews."""
+    train, test = (list(reviews(folder / f"{name}.jsonl.xz")) for name in ("train", "test"))
+    random.Random(1).shuffle(train)
+    random.Random(2).shuffle(test)
+    tokenizer = learn_tokenizer(train, vocab_size=8192)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=384, n_layer=6, n_head=6, bos_token_id=1, eos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    write_texts(out / "reviews.jsonl", train)
+    write_texts(out / "reviews_held_out.jsonl", test[:500])
+    write_prompts(out / "prompts.jsonl", train[:num_prompts], tokenizer, seed=4)
+    write_prompts(out / "prompts_held_out.jsonl", test[500 : 500 + num_held_out], tokenizer, seed=5)
+    save_blank(out / "blank", tokenizer, config)
+
+
+def reviews(path: Path) -> Iterator[str]:
+    """Texts of a file of reviews, their line breaks as spaces."""
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield " ".join(json.loads(line)["text"].replace("<br />", " ").split())
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; the end token also begins a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=END, eos_token=END)
+
+
+def write_prompts(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """The beginning of each text, 2 to 8 tokens of it."""
+    rng = random.Random(seed)
+    write(path, ({"prompt": prefix(text, rng.randint(*PREFIX_TOKENS), tokenizer)} for text in texts))
+
+
+def prefix(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first tokens of a text."""
+    return str(tokenizer.decode(tokenizer(text)["input_ids"][:num_tokens]))
+
+
+def save_blank(folder: Path, tokenizer: PreTrainedTokenizerBase, config: GPT2Config) -> None:
+    """A tokenizer and the shape of a model without weights."""
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """One review a line."""
+    write(path, ({"text": text} for text in texts))
+
+
+def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
