@@ -96,6 +96,7 @@ def test_one_node_by_torchrun(tiny_llama, tmp_path):
     assert steps_saved(tmp_path)[-1] == 2
 
 
+@pytest.mark.slow
 @NEEDS_GLOO
 def test_two_nodes_that_meet_at_one_address(tiny_llama, tmp_path):
     prepare(tmp_path, tiny_llama, "multinode", devices=1, num_nodes=2)

@@ -72,6 +72,7 @@ def test_few_layers_tell_of_many(deep, tmp_path):
     assert in_tensors(plan(made, case(made))) == pytest.approx(whole, rel=0.005)
 
 
+@pytest.mark.slow
 def test_few_layers_tell_of_many_where_every_other_is_checkpointed(deep, tmp_path):
     made = attached(deep, tmp_path)
     policy = PolicySpec(path=str(deep), activation_checkpointing=2)
@@ -79,7 +80,7 @@ def test_few_layers_tell_of_many_where_every_other_is_checkpointed(deep, tmp_pat
     assert in_tensors(plan(made, case(made, policy=policy))) == pytest.approx(whole, rel=0.01)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_few_layers_tell_of_many_with_adapters_and_checkpoints(deep, tmp_path, precision):
     made = attached(deep, tmp_path, AdaptersOff(), LoRA(rank=4), precision=precision)
     policy = PolicySpec(path=str(deep), lora=LoRA(rank=4), activation_checkpointing=True)
@@ -195,6 +196,7 @@ def test_what_cannot_fit_is_refused_with_remedies_that_help(tiny_llama, tmp_path
     assert "model.init_args.reference: Cached" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_remedy_that_is_on_is_not_named(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_lightning.callbacks.memory_plan.available", lambda device: 1)
     made = module(tiny_llama, Cached(dir=str(tmp_path)))
@@ -238,7 +240,11 @@ def test_of_a_module_of_somebody_elses_nothing_is_said(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), marks=pytest.mark.slow),
+    ],
 )
 def test_where_memory_runs_out_the_batch_and_remedies_are_named(tiny_llama, tmp_path, caplog, monkeypatch, error):
     made = module(tiny_llama)

@@ -46,7 +46,9 @@ def runs(workplace):
     return sorted(path.name for path in (workplace / "lightning_logs").iterdir())
 
 
-@pytest.mark.parametrize("resume", [["--resume", "true"], ["--ckpt_path", "last"]])
+@pytest.mark.parametrize(
+    "resume", [["--resume", "true"], pytest.param(["--ckpt_path", "last"], marks=pytest.mark.slow)]
+)
 def test_the_same_command_goes_on_in_the_same_folder(workplace, resume, caplog, recwarn):
     whole = fit("--trainer.default_root_dir", "whole")
     fit(stop=5)

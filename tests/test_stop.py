@@ -52,7 +52,7 @@ def stops(folder):
         (2, 3, {"val_check_interval": 2}),  # validation follows step 2
         (4, 5, {"max_steps": 11}),  # an epoch ends with step 4
         (3, 3, {"accumulate_grad_batches": 2}),
-        (6, 6, {"num_workers": 1}),
+        pytest.param(6, 6, {"num_workers": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(noticed, stopped, options, tiny_llama, tmp_path):
@@ -162,6 +162,7 @@ def command_line(folder, callback, *arguments, launcher=LIGHTNING, **init_args):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @NEEDS_GLOO
 def test_one_rank_of_two_noticed_stops_both(workplace):
     ended = command_line(workplace, "Notice", step=3, name="SIGUSR1", rank=1)

@@ -508,6 +508,7 @@ def test_reports_lie_beside_the_logs_of_a_run(data, tmp_path):
 # Two processes.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs a PyTorch with gloo")
 def test_two_ranks_tokenise_once_and_share_every_batch(tmp_path):
     script = Path(__file__).with_name("two_ranks_read.py")

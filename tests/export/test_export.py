@@ -291,6 +291,7 @@ def test_memory_holds_a_file_of_weights_and_not_the_model(runs, tiny_llama, tmp_
         assert most[-1] < 1.5 * (50e6 + max(sizes)) < sum(sizes), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs a PyTorch with gloo")
 def test_two_ranks_with_sharded_weights_write_what_one_does(tiny_llama, tmp_path):
     script = Path(__file__).with_name("two_ranks_export.py")

@@ -36,8 +36,8 @@ def counted():
 
 
 @pytest.mark.usefixtures("counted")
-@pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_same_gradients_and_compile_once(family, every, tiny_config):
     torch.manual_seed(0)
     plain = CausalPolicy(AutoModelForCausalLM.from_config(tiny_config(family))).train()
@@ -59,6 +59,7 @@ def test_compiled_layers_give_the_same_gradients_and_compile_once(family, every,
     assert graphs() == after_two > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_a_spec_compiles_and_so_do_copies_of_what_it_builds(tiny_llama, tmp_path):
     expected = fit(tmp_path / "plain", module(tiny_llama), data(tiny_llama))
