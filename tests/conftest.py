@@ -27,6 +27,19 @@ CHAT_TEMPLATE = (
 )
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared among the workers
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under pytest-xdist one worker has all tests that share the two processes."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if "two_ranks" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group("two_ranks"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory):
     """A cache of this session's own, in child processes too: tokens of earlier ones are of earlier code."""

@@ -139,7 +139,7 @@ def test_the_completions_are_all_there_are():
         (SoftmaxDPOLoss(beta=BETA), first_is_best, 3),
         (FDPOLoss(beta=BETA, divergence="reverse_kl"), first_is_best, 2),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_training_ends_at_the_optimal_policy_and_finds_the_reward(loss, probability, num_responses):
     target = optimum(REWARD, BETA)

@@ -464,7 +464,9 @@ class Unnamed(Source):
 
 
 @pytest.mark.parametrize(
-    "how", [{"cache": False}, {"source": Unnamed()}, {"chat": Chat(variables={"now": object()})}], ids=str
+    "how",
+    [{"cache": False}, {"source": Unnamed()}, {"chat": Chat(variables={"now": object()})}],
+    ids=["no cache", "no name", "no plain data"],
 )
 def test_what_is_not_cached_lives_as_long_as_it_is_used(made, cache, encoded, how):
     tokens = made(**how)

@@ -77,7 +77,7 @@ def test_other_losses_have_no_parts():
         ((NLLLoss(), LDDPOLoss()), {"needs_reference", "needs_tokens", "compares_responses"}),
         ((AOTLoss(), NLLLoss()), {"needs_reference", "couples_batch", "compares_responses"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_a_mixture_needs_what_any_part_needs(losses, needs):
     assert {name for name in NEEDS if getattr(mixed(*losses), name)} == needs
