@@ -53,6 +53,7 @@ class Classifier(Scorer):
         """The label's log-odds, log-probability or probability for each response."""
         import torch
 
+        model = self._model
         ids = [self._read(*item) for item in enumerate(zip(prompts, responses, strict=True))]
         self._say_what_is_cut(ids)
         ids = [self._cut(row) for row in ids]
@@ -67,8 +68,7 @@ class Classifier(Scorer):
                 width = max(map(len, rows))
                 batch = torch.tensor([row + [self._pad or 0] * (width - len(row)) for row in rows])
                 mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-                device = self._model.device
-                logits = self._model(input_ids=batch.to(device), attention_mask=mask.to(device)).logits.float()
+                logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits.float()
                 for place, score in zip(places, self._of_label(logits).tolist(), strict=True):
                     scores[place] = score
         return scores
@@ -104,9 +104,9 @@ class Classifier(Scorer):
     def _index(self) -> int:
         labels = self._model.config.label2id
         if self.label not in labels:
+            known = ", ".join(map(repr, sorted(labels, key=labels.get)))
             raise UsageError(
-                f"{self.path} has no label {self.label!r}; it has {', '.join(map(repr, labels))}. Set `label` to the "
-                "one that is good."
+                f"{self.path} has no label {self.label!r}; it has {known}. Set `label` to the one that is good."
             )
         return int(labels[self.label])
 
