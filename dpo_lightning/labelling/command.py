@@ -41,7 +41,8 @@ def label(
 ) -> Path:
     """Turn samples into preferences: pairs, rankings or comparisons.
 
-    Equal responses of a prompt are one. A run that was killed goes on where it stopped when the command is given again.
+    Equal responses of a prompt are one, and those without a word are left out. A run that was killed goes on
+    where it stopped when the command is given again.
 
     Args:
         samples: File of samples, as `dpo-lightning sample` writes it.

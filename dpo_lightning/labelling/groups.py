@@ -42,6 +42,7 @@ class Grouping(NamedTuple):
         prompts: Rows of samples, those of a prompt pooled counted once.
         responses: All responses.
         unfinished: Responses that were cut before their end.
+        empty: Responses without a word, which the data module would leave out.
         duplicates: Responses equal to an earlier one of their prompt.
         alone: Prompts with fewer than two different responses.
     """
@@ -50,6 +51,7 @@ class Grouping(NamedTuple):
     prompts: int
     responses: int
     unfinished: int
+    empty: int
     duplicates: int
     alone: int
 
@@ -65,15 +67,17 @@ def group(samples: Sequence[Samples], *, unfinished: Literal["keep", "drop"], po
     together: dict[tuple[int, float | None], list[Samples]] = {}
     for one in samples:
         together.setdefault((one.row, None if pool else one.temperature), []).append(one)
-    groups, num_unfinished, duplicates = [], 0, 0
+    groups, num_unfinished, empty, duplicates = [], 0, 0, 0
     for (row, temperature), parts in together.items():
         ended = [end for part in parts for end in part.finished]
         texts = [text for part in parts for text in part.responses]
         kept = [text for text, end in zip(texts, ended, strict=True) if end or unfinished == "keep"]
-        different = list(dict.fromkeys(kept))
+        written = [text for text in kept if text.strip()]
+        different = list(dict.fromkeys(written))
         num_unfinished += len(ended) - sum(ended)
-        duplicates += len(kept) - len(different)
+        empty += len(kept) - len(written)
+        duplicates += len(written) - len(different)
         groups.append(Group(row, parts[0].prompt, different, temperature))
     usable = [one for one in groups if len(one.responses) > 1]
     total = sum(len(one.responses) for one in samples)
-    return Grouping(usable, len(groups), total, num_unfinished, duplicates, len(groups) - len(usable))
+    return Grouping(usable, len(groups), total, num_unfinished, empty, duplicates, len(groups) - len(usable))

@@ -52,6 +52,7 @@ class Tally:
             ("prompts", grouping.prompts, ""),
             ("responses", grouping.responses, ""),
             ("  unfinished", grouping.unfinished, cut),
+            ("  without a word", grouping.empty, "left out"),
             ("  duplicates", grouping.duplicates, "left out"),
             ("prompts with fewer than two", grouping.alone, "left out"),
             *([] if make == "rankings" else [("compared pairs", self.compared, "")]),

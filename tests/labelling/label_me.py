@@ -8,9 +8,13 @@ from dpo_lightning.labelling import label
 from dpo_lightning.scorers import Function
 from dpo_lightning.server import Server
 
+before = []  # what a test has done first
+
 
 def slowly(prompts, responses):
     """Scores with many ties."""
+    for one in before:
+        one()
     time.sleep(0.02)
     return [len(response) + len(prompt) % 3 for prompt, response in zip(prompts, responses, strict=True)]
 

@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import random
+import sys
 import time
+from multiprocessing import forkserver
 
 import label_me
 import pytest
@@ -18,7 +21,10 @@ NUM_KILLS = 4
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["label_me"])
+    context.set_forkserver_preload(["kill_me", "label_me"])  # a session has one server of forks for all tests
+    with pytest.MonkeyPatch.context() as patch:  # it knows no other way to them
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 
@@ -43,11 +49,43 @@ def killed(processes, samples, out, url=None):
         kills += 1
 
 
+class Killed(BaseException):
+    """Ends a run in the place of a signal."""
+
+
+@pytest.mark.parametrize("kill", [1, 2, 4])
+def test_files_as_a_kill_may_leave_them(kill, tmp_path, monkeypatch):
+    samples = write(tmp_path / "samples.jsonl", *(row(n, ["a", "bb", "cccc"]) for n in range(1, 301)))
+    label(samples, str(tmp_path / "whole.jsonl"), labeller=label_me.scorer())
+    calls = []
+
+    def dying():
+        calls.append(1)
+        if len(calls) == kill:
+            raise Killed
+
+    monkeypatch.setattr(label_me, "before", [dying])
+    out = tmp_path / "killed.jsonl"
+    for cut in (1, 7, 80):
+        with pytest.raises(Killed):
+            label(samples, str(out), labeller=label_me.scorer())
+        calls.clear()
+        for path in (out, out.with_name("killed.jsonl.answers.jsonl")):
+            path.write_bytes(path.read_bytes()[:-cut])  # of what it was writing, some had not come to the disk
+        if kill == 4:
+            break  # the next run would end before
+    monkeypatch.undo()
+    label(samples, str(out), labeller=label_me.scorer())
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert digests(out) == digests(tmp_path / "whole.jsonl")
+
+
 def digests(out):
     path = out.with_name(out.name + ".answers.jsonl")
     return [json.loads(line)["digest"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_labels_of_a_scorer(processes, tmp_path):
     texts = random.Random(1)
     samples = write(
@@ -60,6 +98,7 @@ def test_labels_of_a_scorer(processes, tmp_path):
     assert digests(tmp_path / "killed.jsonl") == digests(tmp_path / "whole.jsonl")
 
 
+@pytest.mark.slow
 def test_answers_of_a_judge(processes, tmp_path):
     samples = write(tmp_path / "samples.jsonl", *(row(n, ["a", "bb" * (n % 3), "cccc"]) for n in range(1, 41)))
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 from chat_server import ChatServer, first_shown, longer
@@ -9,13 +10,14 @@ from dpo_lightning import PreferenceDataModule
 from dpo_lightning.errors import UsageError
 from dpo_lightning.judges import ByScore, LLMJudge
 from dpo_lightning.labelling import BradleyTerry, label
-from dpo_lightning.scorers import Function
+from dpo_lightning.scorers import Function, Scorer
 
 LENGTH = Function(path="builtins.len")  # of prompt and response: all prompts of a row are equally long
 MESSAGES = [{"role": "user", "content": "how was the film"}]
 
 
-class OfResponse(Function):
+@dataclass(frozen=True)
+class OfResponse(Scorer):
     """Length of the response alone, for prompts that are messages."""
 
     def score(self, prompts, responses):
@@ -112,6 +114,13 @@ def test_unfinished_responses_are_kept_and_said_or_dropped(tmp_path, capsys):
     label(samples, str(tmp_path / "dropped.jsonl"), labeller=LENGTH, unfinished="drop")
     assert len(rows(tmp_path / "dropped.jsonl")) == 1
     assert "unfinished 1 left out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_responses_without_a_word_are_left_out(tmp_path, capsys):
+    samples = write(tmp_path / "samples.jsonl", row(1, ["a", "", "bb", " \n"]), row(2, ["", "x"]))
+    label(samples, str(tmp_path / "out.jsonl"), labeller=LENGTH)
+    assert [(one["chosen"], one["rejected"]) for one in rows(tmp_path / "out.jsonl")] == [("bb", "a")]
+    assert "without a word 3 left out prompts with fewer than two 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_labels_drawn_at_the_odds_of_scores(tmp_path, capsys):
@@ -237,7 +246,7 @@ def test_the_data_module_reads_what_is_written_by_itself(make, prompt, noisy, tm
         tmp_path / "samples.jsonl",
         *(row(n, ["a joy", "dull and long", "", "we all loved it"], prompt=prompt) for n in range(1, 5)),
     )
-    scorer = OfResponse(path="unused.here")
+    scorer = OfResponse()
     labeller = BradleyTerry(scorer=scorer, temperature=5.0) if noisy else scorer
     label(samples, str(tmp_path / "out.jsonl"), labeller=labeller, make=make)
     loss_rows = rows(tmp_path / "out.jsonl")
