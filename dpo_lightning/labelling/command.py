@@ -95,6 +95,8 @@ def label(
 
 
 def _check(labeller: Labeller, make: str, choice: Choice) -> None:
+    if make == "rankings" and choice.pairs != "all":
+        raise UsageError(f"A ranking holds all responses of a prompt; leave out `pairs`, here {choice.pairs}.")
     if labeller.scores:
         return
     if make == "rankings":

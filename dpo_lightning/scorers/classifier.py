@@ -111,6 +111,11 @@ class Classifier(Scorer):
         return int(labels[self.label])
 
     @cached_property
+    def _told(self) -> list[str]:
+        """What was said once."""
+        return []
+
+    @cached_property
     def _limit(self) -> int:
         """Most tokens that the model takes."""
         config = self._model.config.get_text_config()
@@ -156,9 +161,10 @@ class Classifier(Scorer):
 
     def _say_what_is_cut(self, ids: list[list[int]]) -> None:
         cut = sum(len(row) > self._limit for row in ids)
-        if cut:
+        if cut and not self._told:
+            self._told.append("cut")
             log.warning(
-                "%s: %d of %d texts were cut to %d tokens at their %s.",
+                "%s: %d of the first %d texts were cut to %d tokens at their %s; of later ones it is not said.",
                 *(self.path, cut, len(ids), self._limit, self.truncation_side),
             )
 

@@ -191,6 +191,7 @@ def test_a_judge_that_scores(samples, tmp_path):
     ("settings", "said"),
     [
         ({"make": "rankings"}, "gives no scores to rank by"),
+        ({"make": "rankings", "pairs": "best_worst"}, "leave out `pairs`"),
         ({"pairs": "best_worst"}, "nobody knows the best and the worst"),
         ({"pairs": "random"}, "give both, or neither"),
         ({"num_pairs": 3}, "give both, or neither"),
