@@ -161,7 +161,8 @@ class Line:
 
     def _said(self, error: Any) -> str:
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
-        return f"{message or error.message!s:.300}".replace(self.key, "***" if self.key != NO_KEY else NO_KEY)
+        said = str(message or error.message)
+        return said.replace(self.key, "***" if self.key != NO_KEY else NO_KEY)[:300]  # some repeat the key
 
     def _models(self) -> str:
         try:
