@@ -82,7 +82,7 @@ class Journal:
             return
         found = json.loads(beside.read_text(encoding="utf-8"))
         others = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        if others and self.path.exists():
+        if others and self.path.exists() and self.path.stat().st_size:
             name = others[0]
             raise UsageError(
                 f"{self.path} was begun with {name} = {found.get(name)!r}, and now it is {settings.get(name)!r}. Go on "

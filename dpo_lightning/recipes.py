@@ -26,6 +26,16 @@ def to_plain(recipe: Any) -> Any:
     return recipe
 
 
+def identity(recipe: Any) -> Any:
+    """What :func:`to_plain` writes down, without the fields that a class names in ``ASIDE``: they change no result."""
+    if dataclasses.is_dataclass(recipe) and not isinstance(recipe, type):
+        names = [field.name for field in dataclasses.fields(recipe) if field.name not in getattr(recipe, "ASIDE", ())]
+        return {"class_path": _public_path(type(recipe)), **{name: identity(getattr(recipe, name)) for name in names}}
+    if isinstance(recipe, (list, tuple)):
+        return [identity(item) for item in recipe]
+    return recipe
+
+
 def from_plain(value: Any, base: type[T]) -> T:
     """The recipe that :func:`to_plain` wrote down; a recipe is handed through.
 

@@ -32,6 +32,10 @@ class Tool(NamedTuple):
 
 TOOLS: dict[str, Tool | dict[str, Tool]] = {
     "export": Tool("dpo_lightning.export:export"),
+    "label": Tool(
+        "dpo_lightning.labelling:label",
+        bases=("dpo_lightning.labelling:Labeller", "dpo_lightning.scorers:Scorer", "dpo_lightning.judges:Judge"),
+    ),
 }
 
 

@@ -42,6 +42,14 @@ def test_rows_of_other_settings_are_refused_and_named(tmp_path):
         assert journal.rows == []
 
 
+def test_other_settings_are_welcome_where_there_are_no_rows(tmp_path):
+    Journal(tmp_path / "rows.jsonl", SETTINGS).close()
+    with Journal(tmp_path / "rows.jsonl", {**SETTINGS, "temperature": 0.7}) as journal:
+        journal.append([{"row": 1}])
+    with pytest.raises(UsageError, match=r"begun with temperature = 0.7"):
+        Journal(tmp_path / "rows.jsonl", SETTINGS)
+
+
 def test_a_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_text("my notes\n")
     with pytest.raises(UsageError, match="was not begun by this command"):

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_lightning.data.cells import WRONG_TYPE, is_messages
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Asked, Format, Pairs, SharedPrompts, ShareGPT, Transcripts
-from dpo_lightning.data.rankings import TIED, Columns, Comparisons, Rankings, said
+from dpo_lightning.data.rankings import TIED, TIES, Columns, Comparisons, Rankings, said
 from dpo_lightning.data.sources import Row
 from dpo_lightning.data.supervised import Alpaca, Completions, Messages, Texts
 from dpo_lightning.errors import UsageError
@@ -92,7 +92,8 @@ def choose(rows: Sequence[Row], source: str) -> Format:
 def _problem(shape: Format, rows: Sequence[Row]) -> UnusableRow | None:
     """Why most of some rows do not have a shape."""
     problems = [problem for row in rows for problem in _problems(shape, row)]
-    misfits = [problem for problem in problems if problem is not None]
+    # A tie has the shape, and says nothing.
+    misfits = [problem for problem in problems if problem is not None and problem.reason != TIES]
     # Any two texts may begin alike by chance, so of these nearly all have to.
     share = 0.1 if isinstance(shape, SharedPrompts) else 0.5
     return misfits[0] if len(misfits) > share * len(problems) else None

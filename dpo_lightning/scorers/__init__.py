@@ -1,5 +1,8 @@
 """What gives a response a number: functions, classifiers, reward models."""
 
-from dpo_lightning.scorers.base import Prompt, Scorer
+from dpo_lightning.scorers.base import Prompt, Scorer, Unscored
+from dpo_lightning.scorers.book import ScoreBook
+from dpo_lightning.scorers.classifier import Classifier
+from dpo_lightning.scorers.function import Function
 
-__all__ = ["Prompt", "Scorer"]
+__all__ = ["Classifier", "Function", "Prompt", "ScoreBook", "Scorer", "Unscored"]

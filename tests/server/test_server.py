@@ -1,0 +1,263 @@
+import itertools
+import threading
+import time
+
+import pytest
+from chat_server import ChatServer, Reply, longer
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.server import Server, Spent
+
+NOBODY = "http://127.0.0.1:1/v1"
+
+
+def questions(count):
+    return [[{"role": "user", "content": f"question {number}"}] for number in range(count)]
+
+
+def echo(number, question, body):
+    return f"answer to {question}"
+
+
+def texts(server, count=1, spent=None):
+    asked = server.ask(questions(count)) if spent is None else server.ask(questions(count), spent)
+    return {place: answer.text for place, answer in asked}
+
+
+def test_answers_come_with_the_places_of_their_questions_several_at_a_time():
+    def slow(number, question, body):
+        return Reply(f"answer to {question}", after=0.05)
+
+    with ChatServer(slow) as chat:
+        assert texts(chat.server(concurrency=5), 20) == {n: f"answer to question {n}" for n in range(20)}
+        assert chat.most_at_once == 5
+        assert len(chat.bodies) == 20
+
+
+def test_an_answer_is_handed_over_while_others_are_waited_for():
+    release = threading.Event()
+
+    def one_waits(number, question, body):
+        if question == "question 0":
+            release.wait(5)
+        return question
+
+    with ChatServer(one_waits) as chat:
+        coming = chat.server(concurrency=2).ask(questions(3))
+        assert [next(coming)[0], next(coming)[0]] == [1, 2]
+        release.set()
+        assert next(coming)[0] == 0
+
+
+def test_a_request_says_what_the_settings_say():
+    with ChatServer(echo) as chat:
+        texts(chat.server(temperature=0.5, max_tokens=7, options={"seed": 3, "chat_template_kwargs": {"think": False}}))
+        assert chat.bodies[0] == {
+            "model": "judge", "messages": questions(1)[0], "temperature": 0.5, "max_tokens": 7, "seed": 3,
+            "chat_template_kwargs": {"think": False},
+        }  # fmt: skip
+        texts(chat.server(temperature=None, limit_name="max_completion_tokens"))
+        assert chat.bodies[1] == {"model": "judge", "messages": questions(1)[0], "max_completion_tokens": 1024}
+
+
+def test_the_key_comes_from_the_environment_and_none_is_needed(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with ChatServer(echo) as chat:
+        server = chat.server(key_variable="MY_KEY")
+        texts(server)
+        texts(chat.server())
+        assert [headers["authorization"] for headers in chat.headers] == ["Bearer sk-secret", "Bearer none"]
+        assert "secret" not in repr(server)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Reply(status=429, body='{"error": {"message": "too fast"}}'),
+        Reply(status=500, body="oops"),
+        Reply(status=503, body='{"error": {"message": "loading"}}'),
+        Reply(status=408, body="{}"),
+        Reply(body='{"id": "1", "choi'),
+        Reply(body="<html>", headers={"content-type": "text/html"}),
+        Reply(body='{"choices": []}'),
+        Reply(body="null"),
+    ],
+    ids=["429", "500", "503", "408", "half", "html", "no choices", "null"],
+)
+def test_what_is_busy_slow_or_broken_is_asked_again(trouble):
+    with ChatServer(lambda number, question, body: trouble if number < 3 else "yes") as chat:
+        assert texts(chat.server()) == {0: "yes"}
+        assert len(chat.bodies) == 3
+
+
+def test_what_is_slow_is_asked_again():
+    def slow(number, question, body):
+        return Reply("late", after=1.5) if number < 3 else "yes"
+
+    with ChatServer(slow) as chat:
+        assert texts(chat.server(timeout=0.5)) == {0: "yes"}
+        assert len(chat.bodies) >= 3
+
+
+def test_the_server_says_how_long_to_wait():
+    busy = Reply(status=429, body="{}", headers={"retry-after": "0.2"})
+    with ChatServer(lambda number, question, body: busy if number == 1 else "yes") as chat:
+        start = time.perf_counter()
+        assert texts(chat.server()) == {0: "yes"}
+        assert time.perf_counter() - start > 0.2
+
+
+def test_waits_double():
+    times = []
+
+    def busy(number, question, body):
+        times.append(time.perf_counter())
+        return Reply(status=500, body="{}")
+
+    with ChatServer(busy) as chat, pytest.raises(UsageError, match=r"no answer when asked 5 times; .* status 500"):
+        texts(chat.server(first_wait=0.04, retries=4))
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    for wait, least in zip(waits, (0.02, 0.04, 0.08, 0.16), strict=True):
+        assert wait >= least
+
+
+def test_a_question_that_always_fails_does_not_end_the_run_of_others():
+    def poisoned(number, question, body):
+        return Reply(status=500, body="{}") if question == "question 2" else question
+
+    with ChatServer(poisoned) as chat:
+        answers = dict(chat.server(retries=2, concurrency=2, first_wait=0.01).ask(questions(8)))
+        assert answers[2].text is None
+        assert answers[2].error.startswith("status 500")
+        assert sorted(answers) == list(range(8))
+        assert all(answers[place].text == f"question {place}" for place in range(8) if place != 2)
+
+
+def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_is_handed_over():
+    def dies(number, question, body):
+        return question if number <= 5 else Reply(status=502, body="{}")
+
+    got = []
+    with ChatServer(dies) as chat, pytest.raises(UsageError, match=r"gave no answer .* status 502"):
+        got.extend(chat.server(retries=1, concurrency=2).ask(questions(50)))
+    assert sum(answer.text is not None for _, answer in got) == 5
+    assert len(chat.bodies) < 20
+
+
+def test_no_server_at_all_ends_at_once():
+    start = time.perf_counter()
+    with pytest.raises(UsageError, match=f"no server at {NOBODY}.*refused"):
+        texts(Server(url=NOBODY, model="m"), 40)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(("key", "said"), [("sk-wrong-one", "OPENAI_API_KEY holds a key that"), (None, "is not set")])
+def test_a_wrong_key_ends_at_once_and_is_not_repeated(key, said, monkeypatch):
+    if key is None:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    refusal = Reply(status=401, body=f'{{"error": {{"message": "Incorrect API key: {key}"}}}}')
+    with ChatServer(lambda *request: refusal) as chat, pytest.raises(UsageError, match=said) as mistake:
+        texts(chat.server(concurrency=2), 40)
+    assert "sk-wrong-one" not in str(mistake.value)
+    assert len(chat.bodies) <= 4
+
+
+def test_an_unknown_model_ends_at_once_and_those_known_are_named():
+    missing = Reply(status=404, body='{"error": {"message": "no such model"}}')
+    with (
+        ChatServer(lambda *request: missing) as chat,
+        pytest.raises(UsageError, match=r"knows no model 'jugde', or .*no such model.* It has 'judge'\."),
+    ):
+        texts(chat.server(model="jugde", concurrency=2), 40)
+    assert len(chat.bodies) <= 4
+
+
+def test_a_quota_that_is_used_up_ends_at_once():
+    empty = Reply(status=429, body='{"error": {"message": "pay first", "code": "insufficient_quota"}}')
+    with ChatServer(lambda *request: empty) as chat, pytest.raises(UsageError, match=r"cannot be asked .*pay first"):
+        texts(chat.server(concurrency=1), 40)
+    assert len(chat.bodies) == 1
+
+
+def test_a_question_that_is_refused_is_left_out():
+    def picky(number, question, body):
+        too_long = Reply(status=400, body='{"error": {"message": "too long"}}')
+        return too_long if question == "question 0" else question
+
+    with ChatServer(picky) as chat:
+        answers = dict(chat.server(concurrency=1).ask(questions(3)))
+    assert [answers[place].text for place in range(3)] == [None, "question 1", "question 2"]
+    assert answers[0].error == "status 400: too long"
+
+
+@pytest.mark.parametrize(("count", "asked"), [(3, 3), (100, 8)])
+def test_a_server_that_refuses_everything_ends_the_run(count, asked):
+    refusal = Reply(status=400, body='{"error": {"message": "no temperature, please"}}')
+    with (
+        ChatServer(lambda *request: refusal) as chat,
+        pytest.raises(UsageError, match=r"refuses every question .*no temperature"),
+    ):
+        texts(chat.server(concurrency=1), count)
+    assert len(chat.bodies) == asked
+
+
+def test_a_cap_in_dollars_is_never_passed():
+    prices = {"input_price": 10.0, "output_price": 100.0}  # 100 tokens and 10 tokens: 0.002 dollars an answer
+    with ChatServer(echo) as chat:
+        server = chat.server(**prices, max_spend=0.02, max_tokens=50)
+        got = []
+        with pytest.raises(UsageError, match=r"`max_spend`, 0.02 dollars, may be passed .* \d were answered .*0\.01"):
+            got.extend(server.ask(questions(50)))
+        assert len(got) == len(chat.bodies)
+        cost = server.cost(Spent(len(got), 100 * len(got), 10 * len(got)))
+        assert 0.01 < cost <= 0.02
+        assert cost + 0.002 + 50 * 100e-6 > 0.02  # one more might have passed it
+
+
+@pytest.mark.parametrize(("cap", "number"), [({"max_requests": 3}, 3), ({"max_total_tokens": 700}, 5)])
+def test_caps_without_prices(cap, number):
+    got = []
+    with ChatServer(echo) as chat, pytest.raises(UsageError, match=next(iter(cap))):
+        got.extend(chat.server(**cap, max_tokens=20).ask(questions(50)))
+    assert len(got) == len(chat.bodies) == number
+
+
+def test_what_was_spent_before_counts():
+    with ChatServer(echo) as chat, pytest.raises(UsageError, match=r"10 were answered .* 5 are left"):
+        texts(chat.server(max_requests=10), 5, spent=Spent(10, 0, 0))
+    assert chat.bodies == []
+
+
+def test_a_server_that_counts_no_tokens_is_taken_at_the_most():
+    with ChatServer(lambda number, question, body: Reply("yes", counts=False)) as chat:
+        ((_, answer),) = chat.server(max_tokens=30).ask(questions(1))
+    assert answer.spent.output_tokens == 30
+    assert answer.spent.input_tokens > len("question 0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"url": "localhost:8000"}, "`url` must begin with http"),
+        ({"max_spend": 5.0, "input_price": 1.0}, "`max_spend` is in dollars, so it needs"),
+        ({"concurrency": 0}, "`concurrency` must be 1 or more"),
+        ({"retries": -1}, "`retries` must not be negative"),
+        ({"timeout": 0.0}, "`timeout` must be more than 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(UsageError, match=said):
+        Server(**{"url": NOBODY, "model": "m", **settings})
+
+
+def test_a_round_that_is_left_early_asks_no_more():
+    with ChatServer(longer) as chat:
+        chat.reply = lambda number, question, body: Reply(question, after=0.02)
+        coming = chat.server(concurrency=2).ask(questions(50))
+        next(coming)
+        coming.close()
+        time.sleep(0.1)
+        assert len(chat.bodies) <= 4
