@@ -32,6 +32,7 @@ class Tool(NamedTuple):
 
 TOOLS: dict[str, Tool | dict[str, Tool]] = {
     "export": Tool("dpo_lightning.export:export"),
+    "sample": Tool("dpo_lightning.generation.command:sample_prompts"),
 }
 
 
