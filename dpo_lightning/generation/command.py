@@ -13,8 +13,8 @@ from lightning.fabric import Fabric
 
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation.loading import DType, identity, load_tokenizer
-from dpo_lightning.generation.making import continue_by_model, make, ranks
+from dpo_lightning.generation.loading import DType, identity, load, load_tokenizer
+from dpo_lightning.generation.making import Write, continue_by_model, make, ranks
 from dpo_lightning.generation.plan import Sampling, plan
 from dpo_lightning.generation.prompts import Asked, end_tokens, read_prompts, read_template, tokenized, unescaped
 from dpo_lightning.generation.server import continue_by_server
@@ -112,25 +112,26 @@ def sample_prompts(
     settings |= {"column": column, "max_prompts": max_prompts, "max_prompt_length": max_prompt_length}
     settings |= {"template": template, "prompts": _digest(asked, sampling)}
     if server is not None:
-        write = functools.partial(
+        ask = functools.partial(
             continue_by_server, tokenizer=tokenizer, url=server, model=server_model or "",
             key_variable=server_key_variable, timeout=server_timeout, retries=server_retries,
             concurrency=server_concurrency,
         )  # fmt: skip
         settings = {"server_model": server_model, "tokenizer": model, **settings}
         chunks = plan(lengths, sampling, batch_size=1, batch_tokens=batch_tokens)  # each prompt by itself
-        return make(
-            Path(out), settings, asked, chunks, sampling, Fabric(accelerator="cpu", devices=1), write, overwrite
-        )
+        alone = Fabric(accelerator="cpu", devices=1)
+        return make(Path(out), settings, asked, chunks, sampling, alone, lambda: ask, overwrite)
     fabric = ranks(accelerator, devices, num_nodes)
     dtype = dtype or ("bfloat16" if fabric.device.type == "cuda" else "float32")
     settings = {**identity(model), **settings, "dtype": dtype, "batch_size": batch_size, "batch_tokens": batch_tokens}
     chunks = plan(lengths, sampling, batch_size, batch_tokens)
+
+    def begin() -> Write:
+        loaded = load(model, dtype=dtype, device=fabric.device, base=base, trust_remote_code=trust_remote_code)
+        return functools.partial(continue_by_model, model=loaded[0], tokenizer=loaded[1])
+
     fabric.launch()
-    local = functools.partial(
-        continue_by_model, path=model, dtype=dtype, device=fabric.device, base=base, trust_remote_code=trust_remote_code
-    )
-    return make(Path(out), settings, asked, chunks, sampling, fabric, local, overwrite)
+    return make(Path(out), settings, asked, chunks, sampling, fabric, begin, overwrite)
 
 
 def _check(

@@ -13,9 +13,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation.loading import DType, load
 from dpo_lightning.generation.output import Key, Output
 from dpo_lightning.generation.plan import Chunk, Sampling
 from dpo_lightning.generation.progress import Progress, summary, warn_where_cut
@@ -25,6 +25,7 @@ from dpo_lightning.generation.sampling import sample
 from dpo_lightning.journal import Row
 
 Add = Callable[[list[Row]], None]
+Write = Callable[[Sequence[Chunk], Sequence[Asked], Sampling, Add], None]
 
 
 def make(
@@ -34,7 +35,7 @@ def make(
     chunks: Sequence[Chunk],
     sampling: Sampling,
     fabric: Fabric,
-    write: Callable[[Sequence[Chunk], Sequence[Asked], Sampling, Add], None],
+    begin: Callable[[], Write],
     overwrite: bool,
 ) -> Path | None:
     """Make the rows that are not there yet, and put all of them in order.
@@ -46,7 +47,7 @@ def make(
         chunks: All of them in chunks, at every temperature.
         sampling: How they are continued.
         fabric: The ranks, each of which has its share of the chunks.
-        write: Makes the rows of chunks, and hands them on as they come.
+        begin: Gives what makes the rows of chunks, and hands them on as they come.
         overwrite: Begin anew, whatever lies there.
 
     Returns:
@@ -60,12 +61,15 @@ def make(
                 print(f"{path} is complete: {summary(output.finish())}. To make it anew give --overwrite.")
             return None
         todo = [c for c in chunks if any((c.temperature, asked[place].row) not in output.done for place in c.places)]
+        mine = todo[fabric.global_rank :: fabric.world_size]
+        write = begin() if mine else None
         with Progress(len(order), len(output.done), shown=first) as progress:
 
             def add(rows: list[Row]) -> None:
                 progress.add([*output.append(rows), *(output.of_others() if first else [])])
 
-            write(todo[fabric.global_rank :: fabric.world_size], asked, sampling, add)
+            if write is not None:
+                write(mine, asked, sampling, add)
             output.wait()
             if not first:
                 return None
@@ -82,20 +86,14 @@ def continue_by_model(
     sampling: Sampling,
     add: Add,
     *,
-    path: str,
-    dtype: DType,
-    device: torch.device,
-    base: str | None,
-    trust_remote_code: bool,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
 ) -> None:
     """Rows of chunks by a model on this machine.
 
     Raises:
         UsageError: If the model does not know so many positions, or the device has too little memory.
     """
-    if not chunks:
-        return
-    model, tokenizer = load(path, dtype=dtype, device=device, base=base, trust_remote_code=trust_remote_code)
     _check_lengths(model, asked, sampling.max_new_tokens)
     count = sampling.num_samples
     for chunk in chunks:

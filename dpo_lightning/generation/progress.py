@@ -63,12 +63,13 @@ class Progress:
 
 def summary(rows: Iterable[Row]) -> str:
     """How many completions rows have, how long they are, and how many came to their end."""
-    tokens, finished, prompts = list[int](), list[bool](), 0
-    for prompts, row in enumerate(rows, start=1):  # noqa: B007
+    tokens, finished, prompts = list[int](), list[bool](), set[int]()
+    for row in rows:
         tokens += row["tokens"]
         finished += row["finished"]
+        prompts.add(row["row"])
     return (
-        f"{len(tokens):,} completions of {prompts:,} prompts, {sum(tokens) / len(tokens):.1f} tokens on average, "
+        f"{len(tokens):,} completions of {len(prompts):,} prompts, {sum(tokens) / len(tokens):.1f} tokens on average, "
         f"{sum(finished) / len(finished):.0%} finished"
     )
 
