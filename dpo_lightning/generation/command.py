@@ -18,6 +18,7 @@ from dpo_lightning.generation.making import Write, continue_by_model, make, rank
 from dpo_lightning.generation.plan import Sampling, plan
 from dpo_lightning.generation.prompts import Asked, end_tokens, read_prompts, read_template, tokenized, unescaped
 from dpo_lightning.generation.server import continue_by_server
+from dpo_lightning.paths import resolve
 
 LINES = (".jsonl", ".ndjson")
 
@@ -93,7 +94,15 @@ def sample_prompts(
     Returns:
         The file; None where there was nothing to do, and on ranks but the first.
     """
-    _check(out, batch_size, batch_tokens, max_prompts, max_prompt_length)
+    _check(out, prompts)
+    for name, value in (
+        ("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_prompts", max_prompts),
+        ("max_prompt_length", max_prompt_length), ("server_concurrency", server_concurrency),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be 1 or more, got {value}.")
+    if server_retries < 0 or server_timeout <= 0:
+        raise UsageError(f"--server_retries {server_retries} --server_timeout {server_timeout}: 0 or more, above 0.")
     _check_server(server, server_model, devices, num_nodes)
     read = read_prompts(prompts, column, max_prompts)
     tokenizer = load_tokenizer(model, base=base, trust_remote_code=trust_remote_code)
@@ -134,16 +143,11 @@ def sample_prompts(
     return make(Path(out), settings, asked, chunks, sampling, fabric, begin, overwrite)
 
 
-def _check(
-    out: str, batch_size: int, batch_tokens: int, max_prompts: int | None, max_prompt_length: int | None
-) -> None:
+def _check(out: str, prompts: str) -> None:
     if Path(out).suffix not in LINES:
         raise UsageError(f"{out}: samples are written as JSON Lines; give a name that ends in {LINES[0]}.")
-    counts = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-    limits = {"max_prompts": max_prompts, "max_prompt_length": max_prompt_length}
-    for name, value in {**counts, **limits}.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be 1 or more, got {value}.")
+    if Path(out).expanduser().absolute() == Path(resolve(prompts)).expanduser().absolute():
+        raise UsageError(f"{out} is the file of the prompts; name another for the samples.")
 
 
 def _check_server(server: str | None, model: str | None, devices: int | str, num_nodes: int) -> None:

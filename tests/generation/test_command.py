@@ -212,6 +212,9 @@ def test_what_does_not_fit_is_said_in_words(here, tiny_llama, monkeypatch):
     [
         (["out.txt"], "give a name that ends in .jsonl"),
         (["out.jsonl", "--batch_size", "0"], "--batch_size must be 1 or more, got 0"),
+        (["prompts.jsonl", "--overwrite"], "prompts.jsonl is the file of the prompts; name another"),
+        (["out.jsonl", "--server_concurrency", "0"], "--server_concurrency must be 1 or more, got 0"),
+        (["out.jsonl", "--server_timeout", "0"], "--server_timeout 0.0: 0 or more, above 0"),
         (["out.jsonl", "--max_prompts", "0"], "--max_prompts must be 1 or more, got 0"),
         (["out.jsonl", "--server_model", "x"], "give the address by --server"),
         (["out.jsonl", "--server", "host:80"], "--server is an address as http://host:8000/v1, got 'host:80'"),
