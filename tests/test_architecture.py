@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"batch", "functional", *FOUNDATION},
     "data": {"batch", "ranks", "recipes", *FOUNDATION},
     "references": {"batch", "functional", "models", "errors"},
-    "generation": {"data", "errors", "scorers"},
+    "generation": {"checkpoints", "data", "export", "journal", "models", "scorers", *FOUNDATION},
     "metrics": {"batch"},
     "modules": {
         "batch",

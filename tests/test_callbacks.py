@@ -94,9 +94,14 @@ def test_sequence_kl_is_the_mean_log_ratio_of_the_models(tiny_llama, tmp_path):
 def test_prompts_from_a_file(tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert LogSamples(str(good)).prompts == ["a", "b"]
-    with pytest.raises(UsageError, match=r"bad\.jsonl, row 2: LogSamples needs a column 'prompt'"):
+    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(
+        UsageError, match=r"bad\.jsonl, row 2: column 'prompt' must hold a prompt.*; the row has 'text'"
+    ):
+        LogSamples(str(bad))
+    bad.write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl, row 2: LogSamples continues prompts that are text"):
         LogSamples(str(bad))
 
 

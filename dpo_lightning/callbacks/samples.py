@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
-from dpo_lightning.data.files import Files
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation import Continuation, sample
+from dpo_lightning.generation import Continuation, read_prompts, sample
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
 
@@ -51,7 +50,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
+        self.prompts = _texts(prompts) if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -190,15 +189,11 @@ def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> flo
     return total / len(continuations)
 
 
-def _read_prompts(path: str) -> list[str]:
-    prompts: list[str] = []
-    for number, row in Files(path).numbered():
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise UsageError(
-                f"{path}, row {number}: LogSamples needs a column 'prompt' that holds text, got {prompt!r}."
-            )
-        prompts.append(prompt)
-    if not prompts:
-        raise UsageError(f"{path}: LogSamples needs at least one prompt.")
-    return prompts
+def _texts(path: str) -> list[str]:
+    prompts = read_prompts(path)
+    messages = next((number for number, prompt in prompts if not isinstance(prompt, str)), None)
+    if messages is not None:
+        raise UsageError(
+            f"{path}, row {messages}: LogSamples continues prompts that are text, and this one is messages."
+        )
+    return [prompt for _, prompt in prompts if isinstance(prompt, str)]

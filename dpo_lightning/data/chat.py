@@ -113,6 +113,15 @@ class Renderer:
         pieces = tuple(self._pieces(prompt, start, list(response), example.tools) for response in responses)
         return RenderedExample(start, pieces, templated=True)
 
+    def ending(self) -> str:
+        """What the template writes behind an answer; nothing where it refuses a plain dialogue."""
+        answer = "Yes."
+        dialogue = [{"role": "user", "content": "Are you there?"}, {"role": "assistant", "content": answer}]
+        try:
+            return self._render(dialogue, False, None).rpartition(answer)[2]
+        except UnusableRow:
+            return ""
+
     def _pieces(
         self, prompt: list[Message], start: str, response: list[Any], tools: list[Any] | None
     ) -> tuple[Segment, ...]:

@@ -113,8 +113,7 @@ class Tokenization:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return frozenset(self.tokenizer.all_special_ids) | {token for token, content in added if content.special}
+        return special_ids(self.tokenizer)
 
     @cached_property
     def _special_texts(self) -> re.Pattern[str]:
@@ -130,10 +129,7 @@ class Tokenization:
 
     def _encode(self, texts: Iterable[str], templated: bool) -> dict[str, list[int]]:
         texts = list(texts)
-        if not templated:
-            return dict(zip(texts, encode(self.tokenizer, texts), strict=True))
-        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return dict(zip(texts, ids, strict=True))
+        return dict(zip(texts, encode(self.tokenizer, texts, templated), strict=True))
 
     def _continues(self, whole: list[int], before: list[int]) -> bool:
         """Whether tokens begin with those of a beginning of their text, and those stand for that beginning alone."""
@@ -178,7 +174,7 @@ class Tokenization:
                 NO_PROMPT,
                 "it has no tokens, the tokenizer has no begin token, and responses to compare need one before them.",
             )
-        kept = self._cut_prompt(prompt)
+        kept = cut_prompt(prompt, self.max_prompt_length, bos, self.truncation_side)
         room = self.max_length - len(kept)
         cut = [response.cut(room) for response in responses]
         notes = Notes(
@@ -231,16 +227,6 @@ class Tokenization:
         """Whether a special token closes a response; a template may put a line's end behind it."""
         return not self._special_ids.isdisjoint(compress(response.ids[-3:], response.scored[-3:]))
 
-    def _cut_prompt(self, prompt: list[int]) -> list[int]:
-        limit = self.max_prompt_length
-        if limit is None or len(prompt) <= limit:
-            return prompt
-        if self.truncation_side == "right":
-            return prompt[:limit]
-        begin = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
-        kept = limit - len(begin)
-        return begin + (prompt[-kept:] if kept else [])
-
 
 class _Response(NamedTuple):
     ids: list[int]
@@ -257,13 +243,33 @@ class _Response(NamedTuple):
         return self._replace(ids=self.ids[1:], scored=self.scored[1:])
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that stand for no text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {token for token, content in added if content.special}
+
+
+def cut_prompt(ids: list[int], limit: int | None, bos: int | None, side: str = "left") -> list[int]:
+    """A prompt of no more tokens than the limit; cut at its left it keeps its begin token."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    if side == "right":
+        return ids[:limit]
+    begin = ids[:1] if ids[0] == bos else []
+    kept = limit - len(begin)
+    return begin + (ids[-kept:] if kept else [])
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], templated: bool = False) -> list[list[int]]:
     """Token ids of texts that go on: as the tokenizer makes them, less what it puts behind a text.
 
-    Some tokenizers close every text with an end token or a separator; no continuation should follow that.
+    Some tokenizers close every text with an end token or a separator; no continuation should follow that. Where a chat
+    template wrote the special tokens, none are added.
     """
     if not texts:
         return []
+    if templated:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     special = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
     appended = special[::-1].index(0) if 0 in special else 0
     return [ids[: len(ids) - appended] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.export.checkpoint import Checkpoint, open_checkpoint
-from dpo_lightning.export.folder import write_companions
+from dpo_lightning.export.folder import with_chat_template, write_companions
 from dpo_lightning.export.model import Adapter, Trained, base_weights, outline, write
 from dpo_lightning.export.weights import Weights, in_memory
 from dpo_lightning.models.adapters import below_adapters, changes_base, outline_adapter
@@ -71,6 +72,17 @@ def export(
     alone = spec.lora is not None and adapter == "save"
     write_companions(target, tokenizer, found.record, base=spec.path, alone=alone)
     return target
+
+
+def tokenizer_of(checkpoint: str, base: str | None = None) -> Tokenizer:
+    """The tokenizer that an export would write, without reading weights.
+
+    Args:
+        checkpoint: A .ckpt file, or the folder of a sharded checkpoint.
+        base: Folder or hub name of the model that training began with, if it is no longer where it was.
+    """
+    found = open_checkpoint(Path(checkpoint))
+    return with_chat_template(_spec(found, base).load_tokenizer(), found.record)
 
 
 def _spec(found: Checkpoint, base: str | None) -> PolicySpec:

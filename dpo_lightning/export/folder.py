@@ -24,12 +24,17 @@ def write_companions(
         base: Where the base model comes from.
         alone: Whether the folder holds adapters alone.
     """
-    data = data_provenance(record)
-    if data.get("chat_template"):
-        tokenizer.chat_template = data["chat_template"]
-    tokenizer.save_pretrained(folder)
-    card = model_card(record, data, base=base, alone=alone)
+    with_chat_template(tokenizer, record).save_pretrained(folder)
+    card = model_card(record, data_provenance(record), base=base, alone=alone)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def with_chat_template(tokenizer: Tokenizer, record: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with the chat template that was given for training, if one was."""
+    template = data_provenance(record).get("chat_template")
+    if template:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def data_provenance(record: Mapping[str, Any]) -> Mapping[str, Any]:

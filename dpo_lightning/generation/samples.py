@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_lightning.data.cells import is_messages
 from dpo_lightning.data.files import Files
 from dpo_lightning.errors import UsageError
+from dpo_lightning.generation.sampling import Continuation
 from dpo_lightning.scorers import Prompt
 
 
@@ -29,6 +30,18 @@ class Samples(NamedTuple):
     responses: list[str]
     tokens: list[int]
     finished: list[bool]
+
+
+def samples_of(row: int, prompt: Prompt, temperature: float, continuations: Sequence[Continuation]) -> dict[str, Any]:
+    """A row of a file of samples."""
+    return Samples(
+        row,
+        prompt,
+        temperature,
+        [continuation.text for continuation in continuations],
+        [len(continuation.ids) for continuation in continuations],
+        [continuation.finished for continuation in continuations],
+    )._asdict()
 
 
 def read_samples(path: str) -> list[Samples]:

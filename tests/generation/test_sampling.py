@@ -233,3 +233,49 @@ def test_continuations_stand_in_the_order_of_their_prompts(llama, tokenizer):
     continuations = sample(llama, tokenizer, PROMPTS * 2, max_new_tokens=1, batch_size=3)
     assert all(isinstance(continuation, Continuation) for continuation in continuations)
     assert [c.prompt_ids for c in continuations] == tokenizer(PROMPTS * 2)["input_ids"]
+
+
+def test_prompts_may_be_token_ids(llama, tokenizer):
+    ids = tokenizer(PROMPTS)["input_ids"]
+    assert sample(llama, tokenizer, ids, max_new_tokens=12) == sample(llama, tokenizer, PROMPTS, max_new_tokens=12)
+
+
+def test_what_came_to_its_end_token_is_finished(llama, tokenizer):
+    continuations = sample(llama, tokenizer, ["a"] * 50, max_new_tokens=20)
+    assert {c.finished for c in continuations} == {True, False}
+    assert all(c.finished == (c.ids[-1] == tokenizer.eos_token_id) for c in continuations)
+
+
+def test_other_tokens_may_end_a_continuation(llama, tokenizer):
+    plain = sample(llama, tokenizer, ["a"] * 50, max_new_tokens=20)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("e")]
+    for before, now in zip(plain, sample(llama, tokenizer, ["a"] * 50, max_new_tokens=20, ends=ends), strict=True):
+        length = next((place for place, token in enumerate(before.ids, start=1) if token in ends), 20)
+        assert now.ids == before.ids[:length]
+        assert now.finished == (now.ids[-1] in ends)
+
+
+@pytest.mark.parametrize("stop", [["e"], ["ab", " "], ["qz"], ["x y", "zz", "m"]])
+def test_a_stop_string_cuts_a_text_and_ends_it(llama, tokenizer, stop):
+    plain = sample(llama, tokenizer, PROMPTS * 20, max_new_tokens=20)
+    stopped = sample(llama, tokenizer, PROMPTS * 20, max_new_tokens=20, stop=stop)
+    places = [min((c.text.find(one) + len(one) for one in stop if one in c.text), default=None) for c in plain]
+    assert None in places
+    assert any(places)
+    for before, now, place in zip(plain, stopped, places, strict=True):
+        if place is None:
+            assert now == before
+            continue
+        assert now.finished
+        assert now.text == min((before.text[:place].partition(one)[0] for one in stop), key=len)
+        assert now.ids == before.ids[: len(now.ids)]
+        assert sum(token > 2 for token in now.ids) == place  # a token a letter, and some that are no text
+        assert now.ids[-1] > 2
+
+
+def test_nothing_is_computed_behind_a_stop_string(llama, tokenizer):
+    model, steps = copy.deepcopy(llama), []
+    model.register_forward_pre_hook(lambda module, args: steps.append(1))
+    letters_of_all = list("abcdefghijklmnopqrstuvwxyz ")
+    assert {c.text for c in sample(model, tokenizer, ["a"] * 9, max_new_tokens=40, stop=letters_of_all)} == {""}
+    assert len(steps) == 1

@@ -1,0 +1,181 @@
+"""Prompts of a file, and the tokens that a model is given of them: those that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.data.cells import as_text, is_messages
+from dpo_lightning.data.chat import OWN, Chat, RenderedExample, Renderer
+from dpo_lightning.data.dialogue import answered
+from dpo_lightning.data.example import PreferenceExample, UnusableRow
+from dpo_lightning.data.files import Files
+from dpo_lightning.data.sources import Row
+from dpo_lightning.data.tokenize import cut_prompt, encode, special_ids
+from dpo_lightning.errors import UsageError
+from dpo_lightning.paths import resolve
+from dpo_lightning.scorers import Prompt
+
+PLACE = "{prompt}"
+
+
+class Asked(NamedTuple):
+    """A prompt and what the model is given.
+
+    Attributes:
+        row: Number of its row, counted from 1; in JSON Lines that of its line.
+        prompt: Text or messages, as they stand there.
+        ids: Tokens.
+    """
+
+    row: int
+    prompt: Prompt
+    ids: list[int]
+
+
+def read_prompts(path: str, column: str = "prompt", max_prompts: int | None = None) -> list[tuple[int, Prompt]]:
+    """The prompts of a file with the numbers of their rows.
+
+    Args:
+        path: A file that data modules read.
+        column: Column of the prompt, as text or messages.
+        max_prompts: Take the first so many.
+
+    Raises:
+        UsageError: If there are none, or one cannot be used.
+    """
+    rows = islice(Files(path).numbered(), max_prompts)
+    found = [(number, _prompt(row, column, f"{path}, row {number}")) for number, row in rows]
+    if not found:
+        raise UsageError(f"{path} holds no prompts; give at least one row with a column {column!r}.")
+    return found
+
+
+def _prompt(row: Row, column: str, where: str) -> Prompt:
+    value = row.get(column) if isinstance(row, Mapping) else None
+    if not isinstance(value, str) and not is_messages(value):
+        has = ", ".join(map(repr, row)) if isinstance(row, Mapping) else repr(row)[:80]
+        raise UsageError(
+            f"{where}: column {column!r} must hold a prompt, text or messages, got {value!r:.80}; the row has {has}. "
+            "Name another column by --column, or mend the row."
+        )
+    try:
+        if isinstance(value, str):
+            return as_text(value, f"column {column!r}")
+        prompt = answered(value, (), (f"column {column!r}",)).prompt
+    except UnusableRow as reason:
+        raise UsageError(f"{where}: {str(reason).replace('`data.init_args.format`', '--column')}") from None
+    assert prompt is not None
+    return prompt
+
+
+def read_template(template: str) -> str | None:
+    r"""A text that prompts are put into.
+
+    Args:
+        template: The text itself, ``\n`` in it a new line, or the path of a file with it, whose last line end does not
+            count; nothing for none.
+
+    Raises:
+        UsageError: If it has no place for the prompt.
+    """
+    if not template:
+        return None
+    if PLACE in template:
+        return unescaped(template)
+    path = Path(resolve(template)).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--template {template!r} has no {PLACE} and is no file that can be read ({error}). Give a text with "
+            f"{PLACE} in it, or the path of a file with one."
+        ) from None
+    if PLACE not in text:
+        raise UsageError(f"--template: {template} has no {PLACE}, the place where a prompt is to stand; put it in.")
+    return text
+
+
+def unescaped(text: str) -> str:
+    r"""A text of the command line, where shells leave ``\n`` and ``\t`` as they are."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def tokenized(
+    tokenizer: Tokenizer,
+    prompts: Sequence[tuple[int, Prompt]],
+    *,
+    chat: Chat | None = None,
+    template: str | None = None,
+    max_length: int | None = None,
+) -> list[Asked]:
+    """Prompts with the tokens that training on them would give the model.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts with the numbers of their rows.
+        chat: How messages become text.
+        template: Text that a prompt stands in; of messages the last one does.
+        max_length: Most tokens of a prompt; its beginning is cut off, but for the begin token.
+
+    Raises:
+        UsageError: If one has no tokens, or there is no chat template for it, or that refuses it.
+    """
+    renderer = _renderer(tokenizer, prompts, chat or Chat())
+    rendered = [_rendered(renderer, row, _put_into(template, prompt)) for row, prompt in prompts]
+    ids: dict[bool, dict[str, list[int]]] = {}
+    for templated in (False, True):
+        texts = list({item.prompt or "" for item in rendered if item.templated is templated})
+        ids[templated] = dict(zip(texts, encode(tokenizer, texts, templated), strict=True))
+    bos = tokenizer.bos_token_id
+    asked = []
+    for (row, prompt), item in zip(prompts, rendered, strict=True):
+        found = ids[item.templated][item.prompt or ""] or ([] if bos is None else [bos])
+        if not found:
+            raise UsageError(
+                f"row {row}: the prompt is empty, and the tokenizer has no begin token to start from; give it some "
+                "text."
+            )
+        asked.append(Asked(row, prompt, cut_prompt(found, max_length, bos)))
+    return asked
+
+
+def end_tokens(tokenizer: Tokenizer, prompts: Sequence[tuple[int, Prompt]], chat: Chat | None = None) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end token, and what the chat template closes an answer with."""
+    chat = chat or Chat()
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if chat.texts or any(not isinstance(prompt, str) for _, prompt in prompts):
+        (closing,) = encode(tokenizer, [_renderer(tokenizer, prompts, chat).ending()], templated=True)
+        special = special_ids(tokenizer)
+        ends += [token for token in closing if token in special and token not in ends][:1]
+    return ends
+
+
+def _renderer(tokenizer: Tokenizer, prompts: Sequence[tuple[int, Prompt]], chat: Chat) -> Renderer:
+    messages = next((row for row, prompt in prompts if chat.texts or not isinstance(prompt, str)), None)
+    if messages is not None and chat.source(tokenizer) is None:
+        raise UsageError(
+            f"row {messages}: the prompt is messages, and the tokenizer has no chat template. Give one by "
+            f"--chat.template FILE; for models that know none there are {OWN}."
+        )
+    return Renderer(tokenizer, chat)
+
+
+def _rendered(renderer: Renderer, row: int, prompt: Prompt) -> RenderedExample:
+    try:
+        return renderer(PreferenceExample(prompt, ()))
+    except UnusableRow as reason:
+        raise UsageError(f"row {row}: {reason}") from None
+
+
+def _put_into(template: str | None, prompt: Prompt) -> Prompt:
+    if template is None:
+        return prompt
+    if isinstance(prompt, str):
+        return template.replace(PLACE, prompt)
+    *before, last = prompt
+    return [*before, {**last, "content": template.replace(PLACE, last["content"])}]
