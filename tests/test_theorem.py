@@ -176,7 +176,7 @@ def test_other_divergences_find_the_reward_with_another_policy(divergence):
         (DPOLoss(beta=BETA), flipped),  # labels with noise that the loss does not know of
         (DPOLoss(beta=BETA, label_smoothing=0.2), first_is_best),  # noise that is not there
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_another_beta_or_other_labels_end_elsewhere(loss, probability):
     assert total_variation(trained(loss, probability), optimum(REWARD, BETA)) > 0.05
