@@ -36,7 +36,7 @@ TOOLS: dict[str, Tool | dict[str, Tool]] = {
         "dpo_lightning.labelling:label",
         bases=("dpo_lightning.labelling:Labeller", "dpo_lightning.scorers:Scorer", "dpo_lightning.judges:Judge"),
     ),
-    "sample": Tool("dpo_lightning.generation.command:sample_prompts"),
+    "sample": Tool("dpo_lightning.generation.command:sample_prompts", bases=("dpo_lightning.data.sources:Source",)),
 }
 
 

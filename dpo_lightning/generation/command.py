@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.fabric import Fabric
 
 from dpo_lightning.data.chat import Chat
+from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation.loading import DType, identity, load, load_tokenizer
 from dpo_lightning.generation.making import Write, continue_by_model, make, ranks
@@ -25,7 +26,7 @@ LINES = (".jsonl", ".ndjson")
 
 def sample_prompts(
     model: str,
-    prompts: str,
+    prompts: str | Source,
     out: str,
     *,
     num_samples: int = 4,
@@ -34,7 +35,7 @@ def sample_prompts(
     max_new_tokens: int = 64,
     seed: int = 0,
     stop: str | list[str] = "",
-    column: str = "prompt",
+    column: str | None = None,
     max_prompts: int | None = None,
     max_prompt_length: int | None = None,
     template: str = "",
@@ -61,7 +62,8 @@ def sample_prompts(
 
     Args:
         model: A Hugging Face folder, a name on the hub, package:NAME, or a checkpoint: a .ckpt file or sharded folder.
-        prompts: File with a prompt in each row: .jsonl, .json, .csv, .tsv, .parquet, .arrow, also compressed.
+        prompts: File with a prompt in each row: .jsonl, .json, .csv, .tsv, .parquet, .arrow, also compressed; or any
+            source of a data module, such as HubDataset.
         out: File of JSON Lines to write.
         num_samples: Completions of a prompt at each temperature.
         temperatures: One or several; 1 samples from the model's own distribution, 0 takes the likeliest token.
@@ -69,7 +71,8 @@ def sample_prompts(
         max_new_tokens: Most tokens of a completion.
         seed: Seed of the samples.
         stop: Text, or several, at which a completion ends.
-        column: Column of the prompts, each text or messages.
+        column: Column of the prompts, each text or messages; prompt unless named, or what a data module would take
+            for the prompt.
         max_prompts: Take the first so many prompts.
         max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
         template: A text that each prompt is put into, or a file with it, with {prompt} where the prompt is to stand.
@@ -143,10 +146,11 @@ def sample_prompts(
     return make(Path(out), settings, asked, chunks, sampling, fabric, begin, overwrite)
 
 
-def _check(out: str, prompts: str) -> None:
+def _check(out: str, prompts: str | Source) -> None:
     if Path(out).suffix not in LINES:
         raise UsageError(f"{out}: samples are written as JSON Lines; give a name that ends in {LINES[0]}.")
-    if Path(out).expanduser().absolute() == Path(resolve(prompts)).expanduser().absolute():
+    same = isinstance(prompts, str) and Path(resolve(prompts)).expanduser().absolute()
+    if Path(out).expanduser().absolute() == same:
         raise UsageError(f"{out} is the file of the prompts; name another for the samples.")
 
 

@@ -13,14 +13,16 @@ from dpo_lightning.data.cells import as_text, is_messages
 from dpo_lightning.data.chat import OWN, Chat, RenderedExample, Renderer
 from dpo_lightning.data.dialogue import answered
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
-from dpo_lightning.data.files import Files
-from dpo_lightning.data.sources import Row
+from dpo_lightning.data.files import as_source
+from dpo_lightning.data.reading import begin
+from dpo_lightning.data.sources import Row, Source
 from dpo_lightning.data.tokenize import cut_prompt, encode, special_ids
 from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 from dpo_lightning.scorers import Prompt
 
 PLACE = "{prompt}"
+PROMPT = "prompt"
 
 
 class Asked(NamedTuple):
@@ -37,21 +39,41 @@ class Asked(NamedTuple):
     ids: list[int]
 
 
-def read_prompts(path: str, column: str = "prompt", max_prompts: int | None = None) -> list[tuple[int, Prompt]]:
+def read_prompts(
+    prompts: str | Source, column: str | None = None, max_prompts: int | None = None
+) -> list[tuple[int, Prompt]]:
     """The prompts of a file with the numbers of their rows.
 
     Args:
-        path: A file that data modules read.
-        column: Column of the prompt, as text or messages.
+        prompts: A file or source of rows that data modules read.
+        column: Column of the prompt, as text or messages; prompt unless named, or where there is none, what a data
+            module takes for the prompt of a row.
         max_prompts: Take the first so many.
 
     Raises:
         UsageError: If there are none, or one cannot be used.
     """
-    rows = islice(Files(path).numbered(), max_prompts)
-    found = [(number, _prompt(row, column, f"{path}, row {number}")) for number, row in rows]
-    if not found:
-        raise UsageError(f"{path} holds no prompts; give at least one row with a column {column!r}.")
+    source = as_source(prompts)
+    rows = list(islice(source.numbered(), max_prompts))
+    if not rows:
+        raise UsageError(f"{source} holds no prompts; give at least one row with a column {column or PROMPT!r}.")
+    if column is None and isinstance(rows[0][1], Mapping) and PROMPT not in rows[0][1]:
+        return _of_data(rows, str(source))
+    return [(number, _prompt(row, column or PROMPT, f"{source}, row {number}")) for number, row in rows]
+
+
+def _of_data(rows: Sequence[tuple[int, Row]], source: str) -> list[tuple[int, Prompt]]:
+    """Prompts of rows that have them in another shape, such as whole dialogues."""
+    found: list[tuple[int, Prompt]] = []
+    for number, (first, *_) in begin(iter(rows), None, source).examples():
+        if isinstance(first, UnusableRow):
+            raise UsageError(f"{source}, row {number}: {first}")
+        if first.prompt is None:
+            raise UsageError(
+                f"{source}, row {number}: what is the prompt is only known from the tokens of both responses; name a "
+                "column that holds it by --column."
+            )
+        found.append((number, first.prompt))
     return found
 
 

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from dpo_lightning import PreferenceDataModule
 from dpo_lightning.data.chat import Chat
+from dpo_lightning.data.sources import Rows
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import read_prompts
 from dpo_lightning.generation.prompts import end_tokens, read_template, tokenized
@@ -154,3 +155,21 @@ def test_answers_end_as_those_of_training_do(tokenizer):
     assert end_tokens(chat, [(1, "a"), (2, DIALOGUES[0])]) == [tokenizer.eos_token_id, turn]
     assert end_tokens(chat, [(1, "a")], Chat(texts=True)) == [tokenizer.eos_token_id, turn]
     assert end_tokens(chat, [(1, "a")]) == [tokenizer.eos_token_id]
+
+
+def test_without_a_column_of_prompts_they_are_what_the_data_module_takes_for_them(tmp_path):
+    whole = [
+        {"chosen": f"\n\nHuman: {x}?\n\nAssistant: yes", "rejected": f"\n\nHuman: {x}?\n\nAssistant: no"} for x in "ab"
+    ]
+    prompts = [(1, "\n\nHuman: a?\n\nAssistant:"), (2, "\n\nHuman: b?\n\nAssistant:")]
+    assert read_prompts(write(tmp_path / "hh.jsonl", whole)) == prompts
+    assert read_prompts(Rows(rows=whole), max_prompts=1) == prompts[:1]
+    asked = [{"instruction": "sum", "input": "1 2", "output": "3"}]
+    ((_, messages),) = read_prompts(write(tmp_path / "alpaca.jsonl", asked))
+    assert [message["role"] for message in messages] == ["user"]
+
+
+def test_prompts_that_only_tokens_tell_are_asked_for(tmp_path):
+    rows = [{"chosen": "It was a good film", "rejected": "It was a bad film"}]
+    with pytest.raises(UsageError, match=r"row 1: what is the prompt is only known from the tokens .* --column"):
+        read_prompts(write(tmp_path / "shared.jsonl", rows))
