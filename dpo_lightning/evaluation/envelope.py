@@ -43,7 +43,7 @@ class Advantage(NamedTuple):
 
 
 def envelope(points: Sequence[Point]) -> list[Vertex]:
-    """The least concave curve above some points, up to the best of them, by ascending KL.
+    """The least concave curve above some points, by ascending KL; beyond the best point it stays level.
 
     All of it can be had: a coin that chooses between two policies for every prompt has a reward on the straight line
     between theirs, and by the convexity of KL no more than the KL on that line. Of noisy points it takes the lucky
@@ -59,7 +59,8 @@ def envelope(points: Sequence[Point]) -> list[Vertex]:
         while len(hull) > 1 and _is_below(hull[-2], hull[-1], vertex):
             hull.pop()
         hull.append(vertex)
-    return hull
+    farthest = max((point.kl for point in points), default=0.0)
+    return [*hull, hull[-1]._replace(kl=farthest)] if farthest > end else hull
 
 
 def reward_at(curve: Sequence[Vertex], kl: float) -> tuple[float, float] | None:
@@ -94,11 +95,10 @@ def advantage(first: Sequence[Vertex], second: Sequence[Vertex]) -> Advantage | 
     return Advantage(low, high, area / (high - low) if high > low else gaps[0], min(gaps), max(gaps))
 
 
-def levels(curves: Sequence[Sequence[Vertex]], most: int = 6) -> list[float]:
-    """Round values of KL, from the series 1, 2, 5, 10, for a table of all envelopes: the largest of those reached."""
-    reached = max((curve[-1].kl for curve in curves if curve), default=0.0)
-    series = [digit * 10.0**power for power in range(-2, 4) for digit in (1, 2, 5)]
-    return [level for level in series if level <= reached][-most:]
+def levels(curve: Sequence[Vertex], most: int = 6) -> list[float]:
+    """Round values of KL that an envelope spans, from the series 1, 2, 5, 10: the largest of them."""
+    series = [round(digit * 10.0**power, 6) for power in range(-4, 5) for digit in (1, 2, 5)]
+    return [level for level in series if curve and curve[0].kl <= level <= curve[-1].kl][-most:]
 
 
 def _reward(curve: Sequence[Vertex], kl: float) -> float:

@@ -47,7 +47,7 @@ def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(mode
     prompts, found = tmp_path / "prompts.jsonl", []
     prompts.write_text('{"prompt": "bc"}\n' * 40)
     reward, kl, best = exact(models, "bc")
-    for seed in range(20):
+    for seed in range(12):
         out = tmp_path / f"{seed}.json"
         reward_kl(*models, str(prompts), str(out), scorer=CountOfA(), num_samples=4, max_new_tokens=LENGTH, seed=seed,
                   best_of=[1, 2, 4])  # fmt: skip
@@ -57,14 +57,14 @@ def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(mode
         errors = np.array([points[0][f"{name}_se"] for points in found])
         assert truth > 0.05
         assert (abs(own - truth) < 4 * errors).all()
-        assert abs(own.mean() - truth) < 4 * errors.mean() / math.sqrt(20)
-        assert 0.6 < own.std(ddof=1) / errors.mean() < 1.5  # the spread of 20 has an error of 16 %
+        assert abs(own.mean() - truth) < 4 * errors.mean() / math.sqrt(12)
+        assert 0.5 < own.std(ddof=1) / errors.mean() < 1.6  # the spread of 12 has an error of 21 %
     for place, n in enumerate([1, 2, 4], start=1):
         own = [points[place] for points in found]
         assert all((point["label"], point["kl_is_bound"]) == (f"N = {n}", True) for point in own)
         assert own[0]["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
         mean, se = np.mean([point["reward"] for point in own]), np.mean([point["reward_se"] for point in own])
-        assert abs(mean - best[n]) < 4 * se / math.sqrt(20)
+        assert abs(mean - best[n]) < 4 * se / math.sqrt(12)
     assert "Best of N" in capsys.readouterr().out
 
 
