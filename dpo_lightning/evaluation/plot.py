@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 Scale = Literal["linear", "sqrt"]
 # Okabe and Ito's colours, told apart by the colour-blind; the yellow is too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OF_BOUNDS = "#000000"
 MARKERS = "osD^vPX*<>"
 
 
@@ -41,14 +42,16 @@ def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
     axes.set_ylabel("mean reward of samples")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, borderaxespad=0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, borderaxespad=0,
+                title="bars: one standard error", title_fontsize=8, alignment="left")  # fmt: skip
     return figure
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
-    """A colour for each method, in the order in which they come."""
-    methods = dict.fromkeys(point.method for point in points)
-    return {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+    """A colour for each method, in the order in which they come; black for those whose KL is a bound."""
+    methods = list(dict.fromkeys(point.method for point in points if not point.kl_is_bound))
+    bounds = {point.method: OF_BOUNDS for point in points if point.kl_is_bound}
+    return bounds | {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
 
 
 def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
@@ -56,8 +59,8 @@ def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
     if bounds:
         _draw_run(axes, bounds, f"{bounds[0].method} (KL: upper bound)", colour, "d", "--")
         for point in bounds:
-            axes.annotate(point.label.removeprefix("N = "), (point.kl, point.reward), xytext=(0, 6), fontsize=8,
-                          textcoords="offset points", ha="center", color=colour)  # fmt: skip
+            axes.annotate(point.label, (point.kl, point.reward), xytext=(-4, 4), fontsize=7,
+                          textcoords="offset points", ha="right", color=colour)  # fmt: skip
     runs = dict.fromkeys(point.label for point in points if not point.kl_is_bound)
     for index, label in enumerate(runs):
         own = [point for point in points if point.label == label and not point.kl_is_bound]

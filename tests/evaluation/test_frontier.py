@@ -80,9 +80,9 @@ def test_picture_and_tables_from_the_command_line(tmp_path, capsys):
 def test_a_method_has_a_colour_and_a_bound_is_dashed_and_called_one():
     axes = draw([*DPO, *OTHER, *BEST]).axes[0]
     lines = {container.get_label(): container.lines[0] for container in axes.containers}
-    assert list(lines) == ["DPO beta 0.1", "Preferred-FT", "Best of N (KL: upper bound)"]
-    assert [line.get_color() for line in lines.values()] == list(COLOURS[:3])
-    assert [line.get_linestyle() for line in lines.values()] == ["-", "-", "--"]
+    assert list(lines) == ["Best of N (KL: upper bound)", "DPO beta 0.1", "Preferred-FT"]
+    assert [line.get_color() for line in lines.values()] == ["#000000", *COLOURS[:2]]
+    assert [line.get_linestyle() for line in lines.values()] == ["--", "-", "-"]
     assert list(lines["Preferred-FT"].get_xdata()) == [0, 2.0]  # by step
     assert colours(DPO) == {"DPO": COLOURS[0]}
 
