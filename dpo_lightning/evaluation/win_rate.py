@@ -12,7 +12,7 @@ import numpy as np
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.sides import Matched, match, read_side
 from dpo_lightning.evaluation.statistics import rate_interval
-from dpo_lightning.journal import write_whole
+from dpo_lightning.journal import SETTINGS, write_whole
 from dpo_lightning.judges import Comparison, Judge
 from dpo_lightning.recipes import to_plain
 
@@ -29,6 +29,7 @@ def win_rate(
     samples_column: str = "chosen",
     prompt_column: str = "prompt",
     against_temperature: float | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """How often samples are better than given responses, by a judge, at each temperature.
 
@@ -43,6 +44,7 @@ def win_rate(
         samples_column: Column of the responses to judge, where those are data.
         prompt_column: Column of the prompt in data.
         against_temperature: Which samples to compare with, where they are of several temperatures.
+        overwrite: Ask the judge anew, whatever answers lie beside the result.
 
     Returns:
         The result, and the verdicts, one line a comparison.
@@ -58,7 +60,11 @@ def win_rate(
     matched = match(sides, others, against)
     target.parent.mkdir(parents=True, exist_ok=True)
     comparisons = [Comparison(one.prompt, one.first, one.second) for one in matched]
-    verdicts = judge.compare(comparisons, target.with_suffix(".answers.jsonl"))
+    answers = target.with_suffix(".answers.jsonl")
+    if overwrite:
+        for path in (answers, answers.with_name(answers.name + SETTINGS)):
+            path.unlink(missing_ok=True)
+    verdicts = judge.compare(comparisons, answers)
     beside = target.with_suffix(".verdicts.jsonl")
     write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
     rows = [

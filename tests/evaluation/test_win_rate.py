@@ -18,7 +18,8 @@ class MoreOf(Judge):
     letter: str = "a"
 
     def compare(self, comparisons, answers=None):
-        answers.write_text(f"{len(comparisons)} asked\n")
+        with answers.open("a") as file:
+            file.write(f"{len(comparisons)} asked\n")
         return [self._verdict(one.first, one.second) for one in comparisons]
 
     def _verdict(self, first, second):
@@ -99,6 +100,13 @@ def test_two_columns_of_one_file_are_compared_and_messages_are_answers(tmp_path)
     result, verdicts = run(tmp_path, path, path, samples_column="bad", column="good", prompt_column="input")
     assert (verdicts[0]["first"], verdicts[0]["second"], verdicts[0]["prompt"]) == ("b", "aa", "one")
     assert (result["rows"][0]["win_rate"], result["rows"][0]["temperature"]) == (0.0, None)
+
+
+def test_answers_stay_for_a_run_that_goes_on_and_go_when_it_begins_anew(tmp_path):
+    samples, against = lines(tmp_path / "samples.jsonl", SAMPLES), lines(tmp_path / "given.jsonl", GIVEN)
+    for overwrite, expected in ((False, 1), (False, 2), (True, 1)):
+        run(tmp_path, samples, against, overwrite=overwrite)
+        assert (tmp_path / "out/rate.answers.jsonl").read_text().count("asked") == expected
 
 
 @pytest.mark.parametrize(
