@@ -8,20 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.data.collate import collate
-from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.data.files import Files
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.rewards import log_ratios
 from dpo_lightning.generation import Continuation, sample
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
-
-KL_BATCH = 64
 
 
 class LogSamples(Callback):
@@ -51,7 +47,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
+        self.prompts = read_texts(prompts, "LogSamples") if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -171,34 +167,42 @@ def distinct(texts: Sequence[str]) -> float:
     return sum(count == 1 for count in Counter(texts).values()) / max(1, len(texts))
 
 
-@torch.no_grad()
 def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> float:
     r"""Estimate of :math:`KL(\pi \| \pi_{ref})` over whole continuations, in nats, from samples of the policy.
 
     .. math:: \frac{1}{n} \sum_i \log \pi(y_i \mid x_i) - \log \pi_{ref}(y_i \mid x_i)
     """
-    training, total = module.training, 0.0
+    training = module.training
     module.eval()
-    for start in range(0, len(continuations), KL_BATCH):
-        chunk = continuations[start : start + KL_BATCH]
-        examples = [TokenizedExample(c.prompt_ids, [c.ids], start + row) for row, c in enumerate(chunk, start=1)]
-        batch = module.transfer_batch_to_device(collate(examples), module.device, 0)
-        reference = module.reference_logps(batch)
-        assert reference is not None
-        total += (module(batch).total - reference.total).sum().item()
+    with module.trainer.precision_plugin.forward_context():
+        ratios = log_ratios(
+            module,
+            module.reference_logps,  # type: ignore[arg-type]
+            continuations,
+            lambda batch: module.transfer_batch_to_device(batch, module.device, 0),
+        )
     module.train(training)
-    return total / len(continuations)
+    return sum(ratios) / len(ratios)
 
 
-def _read_prompts(path: str) -> list[str]:
+def read_texts(path: str, callback: str) -> list[str]:
+    """Prompts of a file, as text.
+
+    Args:
+        path: A file of rows with a column prompt.
+        callback: Who needs them, in messages.
+
+    Raises:
+        UsageError: If a row has none, or there is none.
+    """
     prompts: list[str] = []
     for number, row in Files(path).numbered():
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str):
             raise UsageError(
-                f"{path}, row {number}: LogSamples needs a column 'prompt' that holds text, got {prompt!r}."
+                f"{path}, row {number}: {callback} needs a column 'prompt' that holds text, got {prompt!r}."
             )
         prompts.append(prompt)
     if not prompts:
-        raise UsageError(f"{path}: LogSamples needs at least one prompt.")
+        raise UsageError(f"{path}: {callback} needs at least one prompt.")
     return prompts
