@@ -43,7 +43,7 @@ def test_points_are_logged_and_kept_for_the_frontier(tiny_llama, tmp_path):
         ("DPO", "beta 0.5", step) for step in (0, 2, 4, 5)
     ]
     assert (points[0].kl, points[0].kl_se, points[0].samples, points[0].prompts) == (0.0, 0.0, 6, 3)
-    assert points[-1].kl > 0
+    assert points[-1].kl != 0
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     logged = events.Scalars("frontier/reward")
@@ -58,13 +58,14 @@ def test_behind_every_validation_unless_told_otherwise(tiny_llama, tmp_path):
     assert [point.step for point in read_points([str(tmp_path)])] == [0, 4, 6]  # an epoch has 4 steps
 
 
-def test_the_command_says_the_same_of_the_exported_policy(tiny_llama, tmp_path):
+def test_the_command_says_the_same_of_the_checkpoint(tiny_llama, tmp_path):
     module = fitted(tmp_path, tiny_llama, track())
-    module.policy.model.save_pretrained(tmp_path / "hf")
-    module.spec.load_tokenizer().save_pretrained(tmp_path / "hf")
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
     small_runs.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     out = tmp_path / "out.json"
-    reward_kl(str(tmp_path / "hf"), tiny_llama, str(tmp_path / "prompts.jsonl"), str(out), scorer=CountOfA(), **HOW)
+    reward_kl(
+        str(tmp_path / "last.ckpt"), tiny_llama, str(tmp_path / "prompts.jsonl"), str(out), scorer=CountOfA(), **HOW
+    )
     (point,) = read_points([str(out)])
     tracked = read_points([str(tmp_path / TRACKED)])[-1]
     assert (point.reward, point.length_mean) == pytest.approx((tracked.reward, tracked.length_mean))
@@ -99,11 +100,11 @@ def test_without_a_reference_of_its_own_a_module_is_given_one(tiny_llama, tmp_pa
     with pytest.raises(UsageError, match="this DPOModule has none"):
         fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss())
     with pytest.raises(UsageError, match="this DPOModule has none"):
-        fitted(tmp_path, tiny_llama, track(), reference=Cached(folder=str(tmp_path / "cache")))
+        fitted(tmp_path, tiny_llama, track(), reference=Cached(dir=str(tmp_path / "cache")))
     fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule)
     points = read_points([str(tmp_path)])
     assert (points[0].kl, points[0].method) == (0.0, "Preferred-FT")
-    assert points[-1].kl > 0
+    assert points[-1].kl != 0
 
 
 @pytest.mark.parametrize("callback", [lambda: track(), lambda: track(reference="tiny")])

@@ -146,7 +146,7 @@ class TrackRewardKL(Callback):
         policy = module.policy
         assert policy is not None
         engine = Engine(
-            policy.model,  # type: ignore[arg-type]
+            policy.model,
             self._tokenizer,
             policy.generate,
             module,
@@ -199,7 +199,7 @@ class TrackRewardKL(Callback):
     def _reference(self, trainer: Trainer, module: PolicyModule) -> Score:
         """What gives the reference's log-probabilities."""
         if self.reference is None:
-            return module.reference_logps  # type: ignore[return-value, union-attr, operator]
+            return module.reference_logps  # type: ignore[return-value]
         policy = module.load(module.spec.at(self.reference, None))
         trainer.precision_plugin.convert_module(policy)
         return FrozenPolicy(policy if is_sharded(policy) else policy.to(module.device))

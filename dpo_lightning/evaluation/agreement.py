@@ -35,9 +35,11 @@ def agreement(files: list[str], out: str, *, names: list[str] | None = None) -> 
     """
     called = names or _stems(files)
     if len(files) < 2 or len(called) != len(files):
-        raise UsageError(f"Agreement is of two raters or more, with a name each; got {len(files)} files, names {called}.")
+        raise UsageError(
+            f"Agreement is of two raters or more, with a name each; got {len(files)} files, names {called}."
+        )
     raters = dict(zip(called, [read_verdicts(path) for path in files], strict=True))
-    pairs = [{"raters": list(pair), **compare(raters[pair[0]], raters[pair[1]], pair)} for pair in combinations(raters, 2)]
+    pairs = [{"raters": [a, b], **compare(raters[a], raters[b], (a, b))} for a, b in combinations(raters, 2)]
     rates = {name: _shares(verdicts) for name, verdicts in raters.items()}
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,9 @@ def table(names: Sequence[str], pairs: Sequence[dict[str, Any]]) -> str:
     for pair in pairs:
         low, high = pair["interval"]
         kappa = "-" if pair["kappa"] is None else f"{pair['kappa']:.3f}"
-        lines.append(f"{pair['raters'][0]} and {pair['raters'][1]}: {pair['agreement']:.1%} ({low:.1%} to {high:.1%}) of "
-                     f"{pair['compared']}, kappa {kappa}")  # fmt: skip
+        interval = f"({low:.1%} to {high:.1%})"
+        both = " and ".join(pair["raters"])
+        lines.append(f"{both}: {pair['agreement']:.1%} {interval} of {pair['compared']}, kappa {kappa}")
     return "\n".join(lines)
 
 

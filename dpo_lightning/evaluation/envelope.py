@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from dpo_lightning.evaluation.points import Point
@@ -91,7 +92,8 @@ def advantage(first: Sequence[Vertex], second: Sequence[Vertex]) -> Advantage | 
         return None
     places = sorted({low, high, *(vertex.kl for vertex in [*first, *second] if low < vertex.kl < high)})
     gaps = [_reward(first, kl) - _reward(second, kl) for kl in places]
-    area = sum((b - a) * (left + right) / 2 for a, b, left, right in zip(places, places[1:], gaps, gaps[1:], strict=False))
+    pieces = zip(pairwise(places), pairwise(gaps), strict=True)
+    area = sum((end - begin) * (left + right) / 2 for (begin, end), (left, right) in pieces)
     return Advantage(low, high, area / (high - low) if high > low else gaps[0], min(gaps), max(gaps))
 
 

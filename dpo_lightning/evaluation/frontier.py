@@ -81,7 +81,10 @@ def _advantage(own: Sequence[Vertex] | None, other: Sequence[Vertex], same: bool
     found = None if own is None or same else advantage(own, other)
     if found is None:
         return ["-"] * 4
-    return [*(f"{value:+.3f}" for value in (found.mean, found.least, found.most)), f"{found.low:.3g} to {found.high:.3g}"]
+    return [
+        *(f"{value:+.3f}" for value in (found.mean, found.least, found.most)),
+        f"{found.low:.3g} to {found.high:.3g}",
+    ]
 
 
 def _cell(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.data.files import Files
@@ -96,28 +96,21 @@ def reward_kl(
         "scorer": to_plain(scorer),
         "temperature": 1.0,
     }
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    judged = _load(reference, place)
-    written = judged if policy == reference else _load(policy, place)
-    if written[1].get_vocab() != judged[1].get_vocab():
-        raise UsageError(
-            f"{policy} and {reference} have different tokens, so that one cannot say what the other's samples are worth."
-        )
-    most = max(best_of or [0])
-    own = how._replace(num_samples=max(num_samples, most)) if policy == reference else how
-    passes = [(written, policy, own, target.with_suffix(".samples.jsonl"))]
-    if best_of and policy != reference:
-        drawing = how._replace(num_samples=max(num_samples, most))
-        passes.append((judged, reference, drawing, target.with_suffix(".reference.jsonl")))
-    found = [
-        _measure(model, judged, asked, drawing, scorer, path, {**settings, "policy": name, "reference": reference}, overwrite)
-        for model, name, drawing, path in passes
-    ]
+    models = _models(policy, reference, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    most = how._replace(num_samples=max(num_samples, *(best_of or [0])))
+    same = policy == reference
+    passes = {policy: (most if same else how, target.with_suffix(".samples.jsonl"))}
+    if best_of and not same:
+        passes[reference] = (most, target.with_suffix(".reference.jsonl"))
+    found = []
+    for name, (drawing, path) in passes.items():
+        known = {**settings, "policy": name, "reference": reference}
+        found.append(_measure(models[name], models[reference], asked, drawing, scorer, path, known, overwrite))
     named = {"method": method or Path(policy).name, "label": label, "step": step}
     points = [point_of(found[0], **named), *(best_of_n_point(found[-1], n) for n in sorted(set(best_of or [])))]
     write_points(target, points, {**settings, "policy": policy, "reference": reference, **how._asdict()})
     print("\n".join(map(in_words, points)))
-    return [target, *(path for *_, path in passes)]
+    return [target, *(path for _, path in passes.values())]
 
 
 def in_words(point: Point) -> str:
@@ -130,6 +123,18 @@ def in_words(point: Point) -> str:
 
 def _error(se: float | None) -> str:
     return "" if se is None else f" ± {se:.3f}"
+
+
+def _models(policy: str, reference: str, device: torch.device) -> dict[str, Model]:
+    """Both by their names, once where they are one."""
+    models = {name: _load(name, device) for name in dict.fromkeys([policy, reference])}
+    vocabularies = [models[name][1].get_vocab() for name in (policy, reference)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UsageError(
+            f"{policy} and {reference} have different tokens, so that neither can score what the other writes. Name "
+            "the model that training of the policy began with."
+        )
+    return models
 
 
 def _load(path: str, device: torch.device) -> Model:

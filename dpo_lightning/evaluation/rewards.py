@@ -79,13 +79,13 @@ class Drawing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples of a prompt.
+    r"""Samples of a prompt.
 
     Attributes:
         row: The prompt's number.
         prompt: The prompt.
         responses: Texts of its K samples.
-        log_ratios: :math:`\\log \\pi(y|x) - \\log \\pi_{ref}(y|x)` of each, in nats.
+        log_ratios: :math:`\log \pi(y|x) - \log \pi_{ref}(y|x)` of each, in nats.
         tokens: Tokens of each, end token included.
         finished: Whether each came to its end token.
     """
@@ -193,9 +193,7 @@ def point_of(measured: Sequence[Measured], **named: Any) -> Point:
     groups = np.repeat(np.arange(len(measured)), [len(one.rewards) for one in measured])
     reward = clustered_mean(_joined(one.rewards for one in measured), groups)
     kl = clustered_mean(_joined(one.drawn.log_ratios for one in measured), groups)
-    return Point(
-        **named, reward=reward.mean, reward_se=reward.se, kl=kl.mean, kl_se=kl.se, **_described(measured)
-    )
+    return Point(**named, reward=reward.mean, reward_se=reward.se, kl=kl.mean, kl_se=kl.se, **_described(measured))
 
 
 def best_of_n_point(measured: Sequence[Measured], n: int, method: str = BEST_OF_N) -> Point:

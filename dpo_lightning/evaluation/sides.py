@@ -106,7 +106,7 @@ def match(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[M
 
 def _partner(side: Side, by_row: Mapping[int, Side], by_prompt: Mapping[str, Side], against: str) -> Side:
     same_row = by_row.get(side.row)
-    if side.prompt is None or same_row is not None and same_row.prompt == side.prompt:
+    if side.prompt is None or (same_row is not None and same_row.prompt == side.prompt):
         found = same_row
     elif str(side.prompt) in by_prompt:
         found = by_prompt[str(side.prompt)]

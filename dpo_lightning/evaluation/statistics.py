@@ -132,4 +132,4 @@ def _deviations(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float6
     """Values, and the sum over each group of their deviations from the mean."""
     value = np.asarray(values, dtype=float)
     _, index = np.unique(np.asarray(groups), return_inverse=True)
-    return value, np.bincount(index, weights=value - value.mean())
+    return value, np.bincount(index, weights=value - value.mean()).astype(np.float64)

@@ -80,7 +80,7 @@ def _of_line(row: Any, where: str, number: int) -> Verdict:
     if prompt is not None:
         names["prompt"] = _prompt_name(prompt)
     if all(isinstance(text, str) for text in texts):
-        names["texts"], value = _ordered(prompt, *texts, value)  # type: ignore[arg-type]
+        names["texts"], value = _ordered(prompt, *texts, value)
     if not names:
         raise UsageError(f'{where}: a verdict needs "first" and "second", "prompt" or "row", to be known by.')
     return Verdict(names, names.get("prompt", str(row.get("row", number))), value)

@@ -68,7 +68,7 @@ def win_rate(
     beside = target.with_suffix(".verdicts.jsonl")
     write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
     rows = [
-        {"temperature": temperature, **summary(*zip(*own, strict=True))}  # type: ignore[arg-type]
+        {"temperature": temperature, **summary(*zip(*own, strict=True))}
         for temperature in dict.fromkeys(one.temperature for one in matched)
         for own in [[pair for pair in zip(matched, verdicts, strict=True) if pair[0].temperature == temperature]]
     ]

@@ -12,14 +12,27 @@ from dpo_lightning.tools import run_tool
 
 DPO = [Point(method="DPO", label="beta 0.1", step=step, kl=step / 10, reward=reward, reward_se=0.05, kl_se=0.1)
        for step, reward in [(0, 0.0), (10, 1.0), (20, 1.5)]]  # fmt: skip
-OTHER = [Point(method="Preferred-FT", step=10, kl=2.0, reward=0.5), Point(method="Preferred-FT", step=0, kl=0, reward=0)]
-BEST = [Point(method="Best of N", label=f"N = {n}", kl=kl, reward=kl, kl_is_bound=True) for n, kl in [(1, 0.0), (4, 0.6)]]
+OTHER = [
+    Point(method="Preferred-FT", step=10, kl=2.0, reward=0.5),
+    Point(method="Preferred-FT", step=0, kl=0, reward=0),
+]
+BEST = [
+    Point(method="Best of N", label=f"N = {n}", kl=kl, reward=kl, kl_is_bound=True) for n, kl in [(1, 0.0), (4, 0.6)]
+]
 
 
 def test_equal_kl_by_hand():
-    assert equal_kl([*OTHER, *BEST, *DPO])[0][-7:] == ["KL 0.5", "KL 1", "KL 2", "DPO over it", "least", "most", "for KL"]
+    assert equal_kl([*OTHER, *BEST, *DPO])[0][-7:] == [
+        "KL 0.5",
+        "KL 1",
+        "KL 2",
+        "DPO over it",
+        "least",
+        "most",
+        "for KL",
+    ]
     rows = {row[0]: row for row in equal_kl([*OTHER, *BEST, *DPO])[1:]}
-    assert list(rows)[0] == "DPO"
+    assert next(iter(rows)) == "DPO"
     assert rows["DPO"][-6:] == ["1.000 ± 0.050", "1.500 ± 0.050", "-", "-", "-", "-"]
     # gaps at KL 0, 1, 2: 0, 0.75, 1; areas 0.375 and 0.875
     assert rows["Preferred-FT"][-6:] == ["0.250", "0.500", "+0.625", "+0.000", "+1.000", "0 to 2"]
@@ -48,7 +61,11 @@ def test_files_and_folders_are_read_each_point_once(tmp_path):
     [
         ("a.json", "{}", "is no file of `dpo-lightning evaluate reward_kl`"),
         ("a.json", "{", "cannot be read as JSON"),
-        ("a.jsonl", '{"method": "DPO", "reward": 1}', "point 1: no point of reward and KL, 'kl' is missing or no number"),
+        (
+            "a.jsonl",
+            '{"method": "DPO", "reward": 1}',
+            "point 1: no point of reward and KL, 'kl' is missing",
+        ),
         ("a.jsonl", '{"kl": 1, "reward": 1}', "'method' is missing or no text"),
         ("a.jsonl", "", "holds no points"),
         ("other.json", None, "There is no file or folder"),
@@ -64,7 +81,9 @@ def test_files_that_hold_no_points_are_named(tmp_path, name, text, message):
 def test_picture_and_tables_from_the_command_line(tmp_path, capsys):
     write_points(tmp_path / "dpo.json", DPO, {})
     write_points(tmp_path / "rest.json", [*OTHER, *BEST], {})
-    run_tool("frontier", [f"{tmp_path}/dpo.json", f"{tmp_path}/rest.json", f"{tmp_path}/out/all.png", "--scale", "sqrt"])
+    run_tool(
+        "frontier", [f"{tmp_path}/dpo.json", f"{tmp_path}/rest.json", f"{tmp_path}/out/all.png", "--scale", "sqrt"]
+    )
     assert (tmp_path / "out/all.png").read_bytes()[:4] == b"\x89PNG"
     rows = list(csv.DictReader((tmp_path / "out/all.csv").open()))
     assert len(rows) == 7

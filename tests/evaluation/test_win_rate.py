@@ -66,7 +66,12 @@ def test_a_row_a_temperature_by_hand(tmp_path):
     }  # fmt: skip
     assert (warm["of_like_length"]["win_rate"], warm["of_like_length"]["compared"]) == (pytest.approx(2.5 / 3), 3)
     assert [line["verdict"] for line in verdicts] == [1, None, 0.5, 1, 0, 0.5, 1, 1]
-    assert (verdicts[3]["row"], verdicts[3]["sample"], verdicts[3]["first"], verdicts[3]["second"]) == (2, 2, "aab", "b")
+    assert (verdicts[3]["row"], verdicts[3]["sample"], verdicts[3]["first"], verdicts[3]["second"]) == (
+        2,
+        2,
+        "aab",
+        "b",
+    )
     assert (tmp_path / "out/rate.answers.jsonl").read_text() == "8 asked\n"
     assert result["settings"]["judge"]["init_args"] == {"letter": "a"}
 
@@ -85,7 +90,7 @@ def test_whole_dialogues_without_a_column_of_prompts_are_matched_by_row_and_lose
 
 def test_samples_against_samples_the_nth_with_the_nth(tmp_path):
     samples = lines(tmp_path / "samples.jsonl", SAMPLES)
-    with pytest.raises(UsageError, match="temperatures 0.5, 1; choose one by --against_temperature"):
+    with pytest.raises(UsageError, match=r"temperatures 0\.5, 1; choose one by --against_temperature"):
         run(tmp_path, samples, samples)
     result, verdicts = run(tmp_path, samples, samples, against_temperature=1.0)
     assert [line["second"] for line in verdicts[:4]] == ["b", "ba", "a", "a"]
