@@ -18,7 +18,8 @@ class Tool(NamedTuple):
     """A command.
 
     Its parameters that can be given by place are so on the command line too, the others are options; a parameter that
-    is False unless given is a flag. The first line of its docstring is the help.
+    is False unless given is a flag, and a list that is its first parameter takes as many places as are given. The
+    first line of its docstring is the help.
 
     Attributes:
         function: Where its function lies, ``module:name``. It returns the file or folder that it wrote, or several; on
@@ -37,6 +38,12 @@ TOOLS: dict[str, Tool | dict[str, Tool]] = {
         bases=("dpo_lightning.labelling:Labeller", "dpo_lightning.scorers:Scorer", "dpo_lightning.judges:Judge"),
     ),
     "sample": Tool("dpo_lightning.generation.command:sample_prompts", bases=("dpo_lightning.data.sources:Source",)),
+    "evaluate": {
+        "reward_kl": Tool("dpo_lightning.evaluation.reward_kl:reward_kl", ("dpo_lightning.scorers:Scorer",)),
+        "win_rate": Tool("dpo_lightning.evaluation.win_rate:win_rate", ("dpo_lightning.judges:Judge",)),
+        "agreement": Tool("dpo_lightning.evaluation.agreement:agreement"),
+    },
+    "frontier": Tool("dpo_lightning.evaluation.frontier:frontier"),
 }
 
 
@@ -51,7 +58,7 @@ def run_tool(name: str, args: list[str]) -> None:
     function = _named(tool.function)
     parser = _Parser(prog=prog, description=_first_line(function), bases=[_named(base) for base in tool.bases])
     parser.add_function(function)
-    arguments = parser.instantiate_classes(parser.parse_args(args))
+    arguments = parser.instantiate(parser.parse_args(args))
     written = function(**{key: value for key, value in vars(arguments).items() if key != "config"})
     for path in written if isinstance(written, (list, tuple)) else [written] if written else []:
         print(f"Written: {path}")
@@ -72,10 +79,13 @@ class _Parser(ArgumentParser):
         flags = [name for name, parameter in parameters.items() if parameter.default is False]
         placed = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
         options = [name for name in parameters if name not in placed]
-        self.add_argument("--config", action="config", help="A YAML file of the options below.")
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*options})
-        self.add_function_arguments(function, as_group=False, skip={*placed, *flags})
         described = {part.arg_name: part.description for part in docstring_parser.parse(function.__doc__ or "").params}
+        several = [name for name in placed[:1] if str(parameters[name].annotation).startswith("list")]
+        self.add_argument("--config", action="config", help="A YAML file of the options below.")
+        for name in several:
+            self.add_argument(name, type=str, nargs="+", help=described.get(name))
+        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*options, *several})
+        self.add_function_arguments(function, as_group=False, skip={*placed, *flags})
         for name in flags:
             self.add_argument(f"--{name}", action="store_true", help=described.get(name))
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import logging
 import os
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import small_runs
 import torch
+from small_world import CountOfA
 from strategy_runs import train
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from dpo_lightning import DPOModule, PolicySpec
 from dpo_lightning.batch import lay_out
-from dpo_lightning.callbacks import ExportHF, LogSamples
+from dpo_lightning.callbacks import ExportHF, LogSamples, TrackRewardKL
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.points import TRACKED
 from dpo_lightning.losses import DPOLoss
 from dpo_lightning.models.adapters import as_reference, base_fingerprint
 from dpo_lightning.models.fingerprint import fingerprint
@@ -198,3 +201,12 @@ def adapters_off_first(spec):
     pairs = [(whole(mine.grad), its.grad) for mine, its in both(policy, plain) if its.requires_grad]
     assert all(mine.dtype == torch.float32 for mine, _ in pairs)
     return max((mine - its).norm() / its.norm() for mine, its in pairs if its.any()).item()
+
+
+def track(model, folder, **trainer_args):
+    """The points that TrackRewardKL keeps, several chunks of prompts each."""
+    callback = TrackRewardKL(["the film", "we all loved", "a story"], CountOfA(), 2, 5, batch_size=2, every_n_steps=2)
+    module = small_runs.module(model)
+    data = small_runs.data(model)
+    small_runs.fit(folder, module, data, callbacks=[callback], inference_mode=False, max_steps=4, **trainer_args)
+    return [json.loads(line) for line in (Path(folder) / TRACKED).read_text().splitlines()]

@@ -8,19 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.data.collate import collate
-from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.rewards import log_ratios
 from dpo_lightning.generation import Continuation, read_prompts, sample
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
-
-KL_BATCH = 64
 
 
 class LogSamples(Callback):
@@ -50,7 +46,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = _texts(prompts) if isinstance(prompts, str) else prompts
+        self.prompts = read_texts(prompts, "LogSamples") if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -170,30 +166,38 @@ def distinct(texts: Sequence[str]) -> float:
     return sum(count == 1 for count in Counter(texts).values()) / max(1, len(texts))
 
 
-@torch.no_grad()
 def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> float:
     r"""Estimate of :math:`KL(\pi \| \pi_{ref})` over whole continuations, in nats, from samples of the policy.
 
     .. math:: \frac{1}{n} \sum_i \log \pi(y_i \mid x_i) - \log \pi_{ref}(y_i \mid x_i)
     """
-    training, total = module.training, 0.0
+    training = module.training
     module.eval()
-    for start in range(0, len(continuations), KL_BATCH):
-        chunk = continuations[start : start + KL_BATCH]
-        examples = [TokenizedExample(c.prompt_ids, [c.ids], start + row) for row, c in enumerate(chunk, start=1)]
-        batch = module.transfer_batch_to_device(collate(examples), module.device, 0)
-        reference = module.reference_logps(batch)
-        assert reference is not None
-        total += (module(batch).total - reference.total).sum().item()
+    with module.trainer.precision_plugin.forward_context():
+        ratios = log_ratios(
+            module,
+            module.reference_logps,  # type: ignore[arg-type]
+            continuations,
+            lambda batch: module.transfer_batch_to_device(batch, module.device, 0),
+        )
     module.train(training)
-    return total / len(continuations)
+    return sum(ratios) / len(ratios)
 
 
-def _texts(path: str) -> list[str]:
+def read_texts(path: str, callback: str) -> list[str]:
+    """Prompts of a file, as text.
+
+    Args:
+        path: A file of rows with a column prompt.
+        callback: Who needs them, in messages.
+
+    Raises:
+        UsageError: If one cannot be used, or is messages, or there is none.
+    """
     prompts = read_prompts(path)
     messages = next((number for number, prompt in prompts if not isinstance(prompt, str)), None)
     if messages is not None:
         raise UsageError(
-            f"{path}, row {messages}: LogSamples continues prompts that are text, and this one is messages."
+            f"{path}, row {messages}: {callback} continues prompts that are text, and this one is messages."
         )
     return [prompt for _, prompt in prompts if isinstance(prompt, str)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,13 @@ class PolicyModule(ResumableModule):
 
     def on_validation_end(self) -> None:
         """Training goes on."""
+        self._throughput.resume()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What a callback does between steps does not count as training time."""
+        self._throughput.pause()
+        yield
         self._throughput.resume()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -1,0 +1,1 @@
+"""What a policy is worth: reward against KL, win rates, agreement of judges."""

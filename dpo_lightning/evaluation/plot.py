@@ -1,0 +1,100 @@
+"""The picture of reward against KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.points import Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Scale = Literal["linear", "sqrt"]
+# Okabe and Ito's colours, told apart by the colour-blind; the yellow is too pale for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OF_BOUNDS = "#000000"
+MARKERS = "osD^vPX*<>"
+
+
+def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
+    """Reward against KL: a colour a method, a marker a run, bounds of KL dashed; bars are standard errors.
+
+    Args:
+        points: At least one.
+        scale: Of the KL.
+
+    Raises:
+        UsageError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError('Pictures need matplotlib: pip install -c constraints.txt -e ".[plot]".') from None
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for method, colour in colours(points).items():
+        _draw_method(axes, [point for point in points if point.method == method], colour)
+    if scale == "sqrt":
+        axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    axes.set_xlabel("KL to the reference, nats a sample" + (" (square-root scale)" if scale == "sqrt" else ""))
+    axes.set_ylabel("mean reward of samples")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, borderaxespad=0,
+                title="bars: one standard error", title_fontsize=8, alignment="left")  # fmt: skip
+    return figure
+
+
+def colours(points: Sequence[Point]) -> dict[str, str]:
+    """A colour for each method, in the order in which they come; black for those whose KL is a bound."""
+    methods = list(dict.fromkeys(point.method for point in points if not point.kl_is_bound))
+    bounds = {point.method: OF_BOUNDS for point in points if point.kl_is_bound}
+    return bounds | {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+
+
+def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
+    bounds = sorted((point for point in points if point.kl_is_bound), key=lambda point: point.kl)
+    if bounds:
+        _draw_run(axes, bounds, f"{bounds[0].method} (KL: upper bound)", colour, "d", "--")
+        for point in bounds:
+            axes.annotate(point.label, (point.kl, point.reward), xytext=(-4, 4), fontsize=7,
+                          textcoords="offset points", ha="right", color=colour)  # fmt: skip
+    runs = dict.fromkeys(point.label for point in points if not point.kl_is_bound)
+    for index, label in enumerate(runs):
+        own = [point for point in points if point.label == label and not point.kl_is_bound]
+        own.sort(key=lambda point: -1 if point.step is None else point.step)
+        name = f"{own[0].method} {label}".strip()
+        _draw_run(axes, own, name, colour, MARKERS[index % len(MARKERS)], "-")
+
+
+def _draw_run(axes: Any, points: Sequence[Point], name: str, colour: str, marker: str, line: str) -> None:
+    axes.errorbar(
+        [point.kl for point in points],
+        [point.reward for point in points],
+        xerr=[point.kl_se or 0.0 for point in points],
+        yerr=[point.reward_se or 0.0 for point in points],
+        label=name,
+        color=colour,
+        marker=marker,
+        linestyle=line,
+        linewidth=1.0,
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        elinewidth=0.8,
+        alpha=0.9,
+    )
+
+
+def _signed_root(kl: Any) -> Any:
+    import numpy as np
+
+    return np.sign(kl) * np.sqrt(np.abs(kl))
+
+
+def _signed_square(root: Any) -> Any:
+    import numpy as np
+
+    return np.sign(root) * root**2

@@ -1,0 +1,144 @@
+"""How often a model's responses are better than given ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.sides import Matched, match, read_side
+from dpo_lightning.evaluation.statistics import rate_interval
+from dpo_lightning.journal import SETTINGS, write_whole
+from dpo_lightning.judges import Comparison, Judge
+from dpo_lightning.recipes import to_plain
+
+LIKE = 0.8  # shorter over longer, in characters, from which on two responses count as of like length
+
+
+def win_rate(
+    samples: str,
+    against: str,
+    out: str,
+    *,
+    judge: Judge,
+    column: str = "chosen",
+    samples_column: str = "chosen",
+    prompt_column: str = "prompt",
+    against_temperature: float | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """How often samples are better than given responses, by a judge, at each temperature.
+
+    A tie counts one half. The judge's answers and the verdicts lie beside the result.
+
+    Args:
+        samples: File of samples, of one temperature or several; or of data, with responses in a column.
+        against: File of other samples, or of data, with the responses to compare with in a column.
+        out: JSON file of the result.
+        judge: What says which of two responses is better.
+        column: Column of the responses to compare with, where those are data.
+        samples_column: Column of the responses to judge, where those are data.
+        prompt_column: Column of the prompt in data.
+        against_temperature: Which samples to compare with, where they are of several temperatures.
+        overwrite: Ask the judge anew, whatever answers lie beside the result.
+
+    Returns:
+        The result, and the verdicts, one line a comparison.
+
+    Raises:
+        UsageError: If a prompt of the samples has no response to compare with.
+    """
+    target = Path(out)
+    if target.suffix != ".json":
+        raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
+    sides = read_side(samples, samples_column, prompt_column)
+    others = read_side(against, column, prompt_column, against_temperature)
+    matched = match(sides, others, against)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    comparisons = [Comparison(one.prompt, one.first, one.second) for one in matched]
+    answers = target.with_suffix(".answers.jsonl")
+    if overwrite:
+        for path in (answers, answers.with_name(answers.name + SETTINGS)):
+            path.unlink(missing_ok=True)
+    verdicts = judge.compare(comparisons, answers)
+    beside = target.with_suffix(".verdicts.jsonl")
+    write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
+    rows = [
+        {"temperature": temperature, **summary(*zip(*own, strict=True))}
+        for temperature in dict.fromkeys(one.temperature for one in matched)
+        for own in [[pair for pair in zip(matched, verdicts, strict=True) if pair[0].temperature == temperature]]
+    ]
+    settings = {"samples": samples, "against": against, "column": column, "judge": to_plain(judge)}
+    write_whole(target, json.dumps({"kind": "win_rate", "rows": rows, "settings": settings}, indent=2) + "\n")
+    print("\n".join(in_words(row) for row in rows))
+    return [target, beside]
+
+
+def summary(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> dict[str, Any]:
+    """Win rate with its interval, what it was counted from, and how long both sides are.
+
+    Args:
+        matched: Comparisons.
+        verdicts: 1 where the first is better, 0 where the second is, one half for a tie, None where it is not known.
+    """
+    read = [(one, verdict) for one, verdict in zip(matched, verdicts, strict=True) if verdict is not None]
+    values = [verdict for _, verdict in read]
+    alike = [(one, verdict) for one, verdict in read if _likeness(one) >= LIKE]
+    return {
+        "win_rate": _mean(values),
+        "interval": list(rate_interval(values, [one.row for one, _ in read])) if read else None,
+        "compared": len(read),
+        "prompts": len({one.row for one, _ in read}),
+        "wins": sum(value > 0.5 for value in values),
+        "ties": sum(value == 0.5 for value in values),
+        "losses": sum(value < 0.5 for value in values),
+        "unreadable": len(matched) - len(read),
+        "length": {
+            "tokens": _mean([one.tokens[0] for one, _ in read if one.tokens[0] is not None]),
+            "tokens_against": _mean([one.tokens[1] for one, _ in read if one.tokens[1] is not None]),
+            "characters": _mean([len(one.first) for one, _ in read]),
+            "characters_against": _mean([len(one.second) for one, _ in read]),
+            "share_longer": _mean([float(len(one.first) > len(one.second)) for one, _ in read]),
+        },
+        "of_like_length": {
+            "win_rate": _mean([verdict for _, verdict in alike]),
+            "interval": list(rate_interval([v for _, v in alike], [one.row for one, _ in alike])) if alike else None,
+            "compared": len(alike),
+        },
+    }
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row as a line for people."""
+    name = "given responses" if row["temperature"] is None else f"temperature {row['temperature']:g}"
+    counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses, {row['unreadable']} unreadable"
+    alike, length = row["of_like_length"], row["length"]
+    lengths = f"characters {_shown(length['characters'], '.0f')} against {_shown(length['characters_against'], '.0f')}"
+    controlled = f"of like length {_shown(alike['win_rate'])}{_within(alike)} of {alike['compared']}"
+    return f"{name:16}   win rate {_shown(row['win_rate'])}{_within(row)}   {counts}   {lengths}   {controlled}"
+
+
+def _shown(value: float | None, style: str = ".3f") -> str:
+    return "-" if value is None else format(value, style)
+
+
+def _within(row: dict[str, Any]) -> str:
+    return "" if row["interval"] is None else " ({:.3f} to {:.3f})".format(*row["interval"])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _likeness(one: Matched) -> float:
+    """Length of the shorter over that of the longer."""
+    shorter, longer = sorted((len(one.first), len(one.second)))
+    return shorter / longer if longer else 1.0
+
+
+def _line(one: Matched, verdict: float | None) -> str:
+    return json.dumps({**one._asdict(), "verdict": verdict}, ensure_ascii=False)

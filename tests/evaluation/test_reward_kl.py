@@ -1,0 +1,171 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from small_world import CountOfA, distribution, text, write_model
+
+from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.reward_kl import reward_kl
+from dpo_lightning.tools import run_tool
+
+LENGTH = 3
+PROMPTS = ["a", "bc", "cab"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return write_model(folder / "policy", 1), write_model(folder / "reference", 2)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": PROMPTS[i % 3]}) + "\n" for i in range(60)))
+    return str(path)
+
+
+def exact(models, prompt):
+    """Expected reward and KL from the list of all texts, and the expected reward of the best of n of the reference."""
+    policy, reference = (distribution(model, prompt, LENGTH) for model in models)
+    assert math.isclose(sum(map(math.exp, policy.values())), 1, abs_tol=1e-6)
+    reward = sum(math.exp(logp) * CountOfA().score([], [text(ids)])[0] for ids, logp in policy.items())
+    kl = sum(math.exp(logp) * (logp - reference[ids]) for ids, logp in policy.items())
+    scores = np.array([CountOfA().score([], [text(ids)])[0] for ids in reference])
+    order = np.argsort(scores)
+    below = np.cumsum(np.exp(list(reference.values()))[order])
+    return reward, kl, {n: float((scores[order] * np.diff(below**n, prepend=0)).sum()) for n in (1, 2, 4)}
+
+
+def points_of(path):
+    return json.loads(path.read_text())["points"]
+
+
+def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(models, tmp_path, capsys):
+    """Many rows of one prompt, so that all there is of chance is in the samples."""
+    prompts, found = tmp_path / "prompts.jsonl", []
+    prompts.write_text('{"prompt": "bc"}\n' * 40)
+    reward, kl, best = exact(models, "bc")
+    for seed in range(12):
+        out = tmp_path / f"{seed}.json"
+        reward_kl(*models, str(prompts), str(out), scorer=CountOfA(), num_samples=4, max_new_tokens=LENGTH, seed=seed,
+                  best_of=[1, 2, 4])  # fmt: skip
+        found.append(points_of(out))
+    for name, truth in (("reward", reward), ("kl", kl)):
+        own = np.array([points[0][name] for points in found])
+        errors = np.array([points[0][f"{name}_se"] for points in found])
+        assert truth > 0.05
+        assert (abs(own - truth) < 4 * errors).all()
+        assert abs(own.mean() - truth) < 4 * errors.mean() / math.sqrt(12)
+        assert 0.5 < own.std(ddof=1) / errors.mean() < 1.6  # the spread of 12 has an error of 21 %
+    for place, n in enumerate([1, 2, 4], start=1):
+        own = [points[place] for points in found]
+        assert all((point["label"], point["kl_is_bound"]) == (f"N = {n}", True) for point in own)
+        assert own[0]["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
+        mean, se = np.mean([point["reward"] for point in own]), np.mean([point["reward_se"] for point in own])
+        assert abs(mean - best[n]) < 4 * se / math.sqrt(12)
+    assert "Best of N" in capsys.readouterr().out
+
+
+def test_a_policy_that_is_its_reference_has_no_kl_and_its_samples_serve_best_of_n(models, prompts, tmp_path):
+    out = tmp_path / "same.json"
+    written = reward_kl(models[1], models[1], prompts, str(out), scorer=CountOfA(), best_of=[8, 1], num_samples=2)
+    own, one, eight = points_of(out)
+    assert (own["kl"], own["kl_se"], own["samples"], own["method"]) == (0.0, 0.0, 60 * 8, "reference")
+    assert (one["reward"], one["reward_se"]) == pytest.approx((own["reward"], own["reward_se"]))
+    assert eight["reward"] > one["reward"]
+    rows = [json.loads(line) for line in written[1].read_text().splitlines()]
+    assert eight["reward"] == pytest.approx(np.mean([max(row["rewards"]) for row in rows]))
+
+
+def test_figures_are_those_of_the_rows_beside(models, prompts, tmp_path):
+    out = tmp_path / "out.json"
+    _, samples = reward_kl(*models, prompts, str(out), scorer=CountOfA(weight=2), num_samples=3, max_new_tokens=LENGTH,
+                           method="DPO", label="beta 0.1", step=40)  # fmt: skip
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    (point,) = points_of(out)
+    assert [row["row"] for row in rows] == list(range(1, 61))
+    assert (point["method"], point["label"], point["step"], point["samples"]) == ("DPO", "beta 0.1", 40, 180)
+    means = [np.mean(row["rewards"]) for row in rows]
+    assert point["reward"] == pytest.approx(np.mean(means))
+    assert point["reward_se"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(60))
+    assert point["prompt_reward_sd"] == pytest.approx(np.std(means, ddof=1))
+    tokens = [count for row in rows for count in row["tokens"]]
+    assert (point["length_mean"], point["length_median"]) == pytest.approx((np.mean(tokens), np.median(tokens)))
+    assert point["finished"] == pytest.approx(np.mean([flag for row in rows for flag in row["finished"]]))
+    known = [distribution(model, PROMPTS[0], LENGTH) for model in models]
+    by_text = {}
+    for ids, logp in known[0].items():
+        by_text.setdefault((text(ids), len(ids), ids[-1] == 3), set()).add(round(logp - known[1][ids], 3))
+    for response, count, finished, ratio in zip(
+        *(rows[0][name] for name in ("responses", "tokens", "finished", "log_ratios")), strict=True
+    ):
+        assert any(abs(ratio - value) < 2e-3 for value in by_text[response, count, finished])
+
+
+def test_a_killed_run_goes_on_with_the_same_samples(models, prompts, tmp_path):
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    how = {"scorer": CountOfA(), "num_samples": 2, "max_new_tokens": LENGTH, "batch_size": 16}
+    _, samples = reward_kl(*models, prompts, str(whole), **how)
+    lines = samples.read_text().splitlines(keepends=True)
+    beside = tmp_path / "killed.samples.jsonl"
+    beside.write_text("".join(lines[:21]) + lines[21][:30])
+    (tmp_path / "killed.samples.jsonl.settings.json").write_text(
+        (tmp_path / "whole.samples.jsonl.settings.json").read_text()
+    )
+    reward_kl(*models, prompts, str(killed), **how)
+    assert beside.read_text() == samples.read_text()
+    assert points_of(killed)[0]["reward"] == points_of(whole)[0]["reward"]
+
+
+def test_samples_of_other_weights_are_not_taken_up(models, prompts, tmp_path):
+    policy = write_model(tmp_path / "model", 3)
+    out = str(tmp_path / "out.json")
+    reward_kl(policy, models[1], prompts, out, scorer=CountOfA(), num_samples=1, max_new_tokens=2)
+    write_model(tmp_path / "model", 4)
+    with pytest.raises(UsageError, match="was begun with weights_of_policy"):
+        reward_kl(policy, models[1], prompts, out, scorer=CountOfA(), num_samples=1, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "`num_samples` must be 1 or more, got 0"),
+        ({"best_of": [0]}, "`best_of` must be numbers of 1 or more"),
+        ({"out": "points.txt"}, r"points\.json"),
+    ],
+)
+def test_refusals(models, prompts, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        reward_kl(*models, prompts, **{"out": "out.json", "scorer": CountOfA(), **changes})
+
+
+def test_models_of_different_tokens_are_refused(models, tiny_llama, prompts, tmp_path):
+    with pytest.raises(UsageError, match="have different tokens"):
+        reward_kl(models[0], tiny_llama, prompts, str(tmp_path / "out.json"), scorer=CountOfA())
+
+
+class Broken(CountOfA):
+    def score(self, prompts, responses):
+        return [float("nan")] * len(responses) if self.weight else [1.0]
+
+
+@pytest.mark.parametrize(("weight", "message"), [(1, "prompt 1 a reward that is no number"), (0, "gave 1 numbers for")])
+def test_a_scorer_that_gives_no_numbers_is_named(models, prompts, tmp_path, weight, message):
+    with pytest.raises(UsageError, match=message):
+        reward_kl(*models, prompts, str(tmp_path / "out.json"), scorer=Broken(weight), num_samples=1, max_new_tokens=2)
+
+
+def test_from_the_command_line(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ["reward_kl", *models, prompts, str(out), "--scorer", "small_world.CountOfA", "--scorer.weight", "3",
+            "--num_samples", "2", "--max_new_tokens", "2", "--best_of", "[1,2]", "--method", "DPO"]  # fmt: skip
+    run_tool("evaluate", args)
+    assert f"Written: {out}" in capsys.readouterr().out
+    assert [point["method"] for point in points_of(out)] == ["DPO", "Best of N", "Best of N"]
+    assert json.loads(out.read_text())["settings"]["scorer"]["init_args"] == {"weight": 3.0}
+    with pytest.raises(SystemExit):
+        run_tool("evaluate", [*args, "--temperature", "0.7"])
+    print(capsys.readouterr().err)
