@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -43,6 +46,7 @@ class Trained:
         settings: Of its adapter, as peft has them.
         generation: How it is meant to be sampled.
         trust_remote_code: Whether its code came with its weights.
+        auto: The class of transformers that loads it.
     """
 
     config: PretrainedConfig
@@ -52,19 +56,25 @@ class Trained:
     settings: Any = None
     generation: GenerationConfig | None = None
     trust_remote_code: bool = False
+    auto: Any = AutoModelForCausalLM
 
     def outline(self, adapted: bool = False) -> PreTrainedModel:
         """The model without storage."""
-        model = outline(self.config, self.dtype, self.trust_remote_code)
+        model = outline(self.config, self.dtype, self.trust_remote_code, self.auto)
         if adapted:
             outline_adapter(model, self.settings)
         return model
 
 
-def outline(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def outline(
+    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A model of a config without storage."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model
 
 
 def save_policy(
@@ -75,6 +85,7 @@ def save_policy(
     adapter: Adapter = "merge",
     max_shard_size: str = "5GB",
     writes: bool = True,
+    changed: Callable[[Trained], Trained] | None = None,
 ) -> None:
     """Write a policy in memory as a Hugging Face folder, one weight after the other; it stays as it is.
 
@@ -87,6 +98,7 @@ def save_policy(
         adapter: Let the weights take up an adapter, in full precision, or write the adapter alone.
         max_shard_size: Most of a file of weights.
         writes: Whether this rank writes.
+        changed: What is written instead of what there is, such as a reward model that knows its offset.
 
     Raises:
         UsageError: If the policy is no Hugging Face model.
@@ -108,11 +120,13 @@ def save_policy(
         config=config,
         weights=weights,
         path=spec.path,
-        dtype=getattr(torch, spec.dtype) if settings is not None else model.get_output_embeddings().weight.dtype,
+        dtype=getattr(torch, spec.dtype) if settings is not None else model.get_input_embeddings().weight.dtype,
         settings=settings,
         generation=model.generation_config,
         trust_remote_code=spec.trust_remote_code,
+        auto=spec.auto,
     )
+    trained = trained if changed is None else changed(trained)
     write(trained, folder, adapter=adapter, max_shard_size=max_shard_size, writes=writes)
 
 
@@ -143,20 +157,37 @@ def _write_whole(trained: Trained, folder: Path, max_shard_size: str, writes: bo
             custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
         model.config.dtype, model.config.architectures = trained.dtype, [type(model).__name__]
         model.config.save_pretrained(folder)
-        # Not `save_pretrained`, which refuses some that model makers publish.
-        (trained.generation or model.generation_config).to_json_file(folder / "generation_config.json")
+        sampling = (trained.generation or model.generation_config) if model.can_generate() else None
+        if sampling is not None:  # not by `save_pretrained`, which refuses some that model makers publish
+            sampling.to_json_file(folder / "generation_config.json")
 
 
 def _steps(trained: Trained, names: Iterable[str]) -> list[Step]:
     if trained.settings is None:
-        return [Step((name,), (name,), dict) for name in names]
+        return _grown(trained, [Step((name,), (name,), dict) for name in names])
     steps = list(merging_steps(trained.outline(adapted=True)))
     if {name for step in steps for name in step.outputs} != {*names}:
         raise UsageError(
             f"An adapter of these settings cannot be taken up by the weights of {trained.path}; write it alone "
             "(adapter: save)."
         )
-    return steps
+    return _grown(trained, steps)
+
+
+def _grown(trained: Trained, steps: list[Step]) -> list[Step]:
+    """The same steps, where the config knows more tokens than the weights with rows of zeros for those."""
+    model = trained.outline()
+    embedding: Any = model.get_input_embeddings()
+    names = {name for name, weight in model.named_parameters() if weight is embedding.weight}
+    return [
+        step._replace(make=functools.partial(_with_rows, step, len(embedding.weight))) if names & {*step.outputs} else step
+        for step in steps
+    ]
+
+
+def _with_rows(step: Step, count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made = step.make(weights)
+    return {name: F.pad(weight, (0, 0, 0, count - len(weight))) for name, weight in made.items()}
 
 
 def aliases_of(model: PreTrainedModel) -> dict[str, str]:
@@ -201,7 +232,7 @@ def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
 def base_weights(spec: PolicySpec, config: PretrainedConfig, settings: Any) -> Weights:
     """Weights below an adapter, by their names in the model that has it, as they lie at the path."""
     dtype = getattr(torch, spec.dtype)
-    plain = outline(config, dtype, spec.trust_remote_code)
+    plain = outline(config, dtype, spec.trust_remote_code, spec.auto)
     stored = dict(_stored(spec, plain) or _loaded(spec))
     stored |= {alias: stored[name] for alias, name in aliases_of(plain).items() if name in stored}
     outline_adapter(plain, settings)
