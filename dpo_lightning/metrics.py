@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -130,7 +131,8 @@ class RewardMetrics(Metric):
         )
         self.counts = self.counts.float() + torch.stack([counted.sum() for _, counted in values])
         confidence, right = margins.abs().sigmoid(), (1 + margins.sign()) / 2
-        bins = ((confidence - 0.5) * 2 * len(self.excess)).long().clamp(max=len(self.excess) - 1)
+        place = ((confidence - 0.5) * 2 * len(self.excess)).nan_to_num()  # what is no number has no bin either
+        bins = place.long().clamp(0, len(self.excess) - 1)
         excess = torch.where(compared, confidence - right, 0.0)
         self.excess = self.excess.float().index_add(0, bins.flatten(), excess.flatten())
 
@@ -162,6 +164,21 @@ class TokenMetrics(Metric):
         """``loss`` and ``perplexity``."""
         loss = self.nll / self.tokens
         return {"loss": loss, "perplexity": loss.exp()}
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share that was found in so many trials, Wilson 1927; of 95 % unless told otherwise.
+
+    Where trials may count one half, or are shares themselves, it is wider than need be.
+
+    Args:
+        share: What was found, between 0 and 1.
+        count: Number of trials.
+        z: Quantile of the normal distribution.
+    """
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
 
 
 def pair_accuracy(rewards: Tensor, present: Tensor) -> Tensor:

@@ -39,9 +39,11 @@ ALLOWED = {
     "memory": {"batch", "models", "modules", "references", "paths"},
     "strategies": {"checkpoints", "models", "errors"},
     "export": {"checkpoints", "losses", "models", "modules", "recipes", *FOUNDATION},
-    "callbacks": {"batch", "export", "memory", "data", "generation", "models", "modules", "errors"},
+    "callbacks": {
+        *("batch", "data", "export", "generation", "memory", "metrics", "models", "modules", "ranks", "errors"),
+    },
     "journal": {"errors"},
-    "scorers": {"batch", "data", "models", "modules", *FOUNDATION},
+    "scorers": {"batch", "checkpoints", "data", "export", "models", "modules", *FOUNDATION},
     "judges": {"data", "journal", "scorers", "errors"},
     "explain": set(),
     "tools": {"explain"},

@@ -1,9 +1,10 @@
-"""Callbacks for any Trainer: samples, a plan of memory, export, a stop on notice, a progress bar."""
+"""Callbacks for any Trainer: samples, rewards, a plan of memory, export, a stop on notice, a progress bar."""
 
 from dpo_lightning.callbacks.export import ExportHF
 from dpo_lightning.callbacks.memory_plan import MemoryPlan
 from dpo_lightning.callbacks.progress import ProgressBar
+from dpo_lightning.callbacks.rewards import WriteRewards
 from dpo_lightning.callbacks.samples import LogSamples
 from dpo_lightning.callbacks.stop import GracefulStop
 
-__all__ = ["ExportHF", "GracefulStop", "LogSamples", "MemoryPlan", "ProgressBar"]
+__all__ = ["ExportHF", "GracefulStop", "LogSamples", "MemoryPlan", "ProgressBar", "WriteRewards"]

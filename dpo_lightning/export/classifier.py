@@ -29,7 +29,9 @@ def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) 
         offset: What rewards are too high by; None where none was found.
     """
     if offset is None:
-        log.warning("This checkpoint has no offset, so the mean of its rewards is any: a fit finds it at its validations.")
+        log.warning(
+            "This checkpoint has no offset, so the mean of its rewards is any: a fit finds it at its validations."
+        )
     config = copy.deepcopy(trained.config)
     text = config.get_text_config()
     token = _padding(tokenizer, text)
@@ -39,7 +41,7 @@ def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) 
         tokenizer.pad_token = token
     for part in (config, text):
         part.pad_token_id = tokenizer.pad_token_id
-    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)  # type: ignore[operator]
+    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
     setattr(config, OFFSET, offset or 0.0)
     return replace(trained, config=config, generation=None)
 
@@ -49,6 +51,8 @@ def _padding(tokenizer: Tokenizer, config: PretrainedConfig) -> str | None:
     ends = {tokenizer.eos_token_id, tokenizer.unk_token_id}
     ends |= {*config.eos_token_id} if isinstance(config.eos_token_id, list) else {config.eos_token_id}
     named = [(tokenizer.pad_token_id, tokenizer.pad_token)]
-    named += [(number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if "pad" in str(token).lower()]
+    named += [
+        (number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if "pad" in str(token).lower()
+    ]
     usable = (token for number, token in named if number is not None and number not in ends)
     return next((token for token in usable if isinstance(token, str)), None)

@@ -116,13 +116,14 @@ def save_policy(
         config = spec.load_config()
         if adapter == "merge":
             weights = {**weights, **base_weights(spec, config, settings)}
+    embedding: Any = model.get_input_embeddings()
     trained = Trained(
         config=config,
         weights=weights,
         path=spec.path,
-        dtype=getattr(torch, spec.dtype) if settings is not None else model.get_input_embeddings().weight.dtype,
+        dtype=getattr(torch, spec.dtype) if settings is not None else embedding.weight.dtype,
         settings=settings,
-        generation=model.generation_config,
+        generation=model.generation_config if model.can_generate() else None,
         trust_remote_code=spec.trust_remote_code,
         auto=spec.auto,
     )
@@ -180,7 +181,9 @@ def _grown(trained: Trained, steps: list[Step]) -> list[Step]:
     embedding: Any = model.get_input_embeddings()
     names = {name for name, weight in model.named_parameters() if weight is embedding.weight}
     return [
-        step._replace(make=functools.partial(_with_rows, step, len(embedding.weight))) if names & {*step.outputs} else step
+        step._replace(make=functools.partial(_with_rows, step, len(embedding.weight)))
+        if names & {*step.outputs}
+        else step
         for step in steps
     ]
 

@@ -75,9 +75,9 @@ class RewardDecoder(CausalPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec(PolicySpec):
-    """A reward model and how it is loaded: a causal language model, such as that of SFT, whose head is a new scalar one.
+    """A reward model and how it is loaded: a causal language model, such as that of SFT, with a new scalar head.
 
-    A folder with a model for sequence classification with one label brings its head.
+    A folder with a model for sequence classification with one label brings its head with it.
 
     Args:
         head_seed: Seed of a new head, whose weights are normal with deviation 1 / sqrt(width + 1).
@@ -96,7 +96,7 @@ class RewardSpec(PolicySpec):
     def load_config(self) -> PretrainedConfig:
         """The model's config, with one label."""
         config = super().load_config()
-        if _has_head(config) and config.num_labels != 1:
+        if has_head(config) and config.num_labels != 1:
             raise UsageError(
                 f"`policy.path`: {self.path} tells {config.num_labels} classes apart, and a reward is one number; name "
                 "the language model that it was made of, or one with one label."
@@ -141,7 +141,7 @@ class RewardSpec(PolicySpec):
     def _with_head(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model, its head in float32 and drawn anew unless it was stored."""
         head, weight = head_of(model), head_of(model).weight.detach().float()
-        if self.random_init or not _has_head(model.config):
+        if self.random_init or not has_head(model.config):
             generator = torch.Generator().manual_seed(self.head_seed)
             weight = torch.randn(weight.shape, generator=generator) * (weight.shape[1] + 1) ** -0.5
         head.weight = nn.Parameter(weight)
@@ -194,7 +194,7 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def _has_head(config: PretrainedConfig) -> bool:
+def has_head(config: PretrainedConfig) -> bool:
     """Whether the weights that a config lies with have a head for classification."""
     return any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ())
 
@@ -202,9 +202,7 @@ def _has_head(config: PretrainedConfig) -> bool:
 def _beside_head(lora: LoRA) -> LoRA:
     """The same adapters, in a model whose head is trained whole."""
     whole = {*(lora.options.get("modules_to_save") or ()), HEAD}
-    return dataclasses.replace(
-        lora, options={**lora.options, "task_type": "SEQ_CLS", "modules_to_save": sorted(whole)}
-    )
+    return dataclasses.replace(lora, options={**lora.options, "task_type": "SEQ_CLS", "modules_to_save": sorted(whole)})
 
 
 def reward_recipe(policy: Any) -> Any:

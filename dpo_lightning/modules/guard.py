@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of responses, shape ``(B, K)``, of policy and reference, if there is one, or rewards; their rows."""
+    """Log-probabilities of responses of policy and reference, if there is one, or rewards, ``(B, K)``; their rows."""
 
     row: Tensor
     policy: Tensor

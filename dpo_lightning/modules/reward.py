@@ -86,7 +86,9 @@ class RewardModule(PolicyModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> ScoredResponses:
         """Reward of every response, less the offset."""
         scored = [
-            ScoredResponses(piece.row, torch.where(piece.length > 0, self(piece).float() - self.offset, 0.0), piece.length)
+            ScoredResponses(
+                piece.row, torch.where(piece.length > 0, self(piece).float() - self.offset, 0.0), piece.length
+            )
             for piece in batch.pieces
         ]
         return ScoredResponses(*map(batch.joined, zip(*scored, strict=True)))
