@@ -126,7 +126,9 @@ class RewardSpec(PolicySpec):
     def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
         if auto is not self.auto:
             return super()._from_pretrained(auto, path, key, **kwargs)
-        with quiet():  # the language model's head is left over, and the scalar one is missing, on purpose
+        # The language model's head is left over and the scalar one is missing on purpose; for that transformers draws
+        # one, which is to be no matter to what is drawn behind it.
+        with quiet(), torch.random.fork_rng([]):
             model, info = super()._from_pretrained(auto, path, key, **kwargs, output_loading_info=True)
         if missing := sorted(set(info["missing_keys"]) - {f"{HEAD}.weight"}):
             raise UsageError(f"`{key}`: {path} lacks weights: {', '.join(missing[:3])}.")

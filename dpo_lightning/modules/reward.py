@@ -96,13 +96,17 @@ class RewardModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the offset."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[OFFSET] = {"value": self.offset, "step": self._offset_step}
+        checkpoint |= self.offset_record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up."""
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get(OFFSET, {})
         self.offset, self._offset_step = kept.get("value", 0.0), kept.get("step", -1)
+
+    def offset_record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the offset: its value, and the optimizer step whose weights it is of."""
+        return {OFFSET: {"value": self.offset, "step": self._offset_step}}
 
     def _log_stage(self, stage: str, prefix: str) -> None:
         super()._log_stage(stage, prefix)
