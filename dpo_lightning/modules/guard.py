@@ -278,7 +278,7 @@ def _rows_line(rows: Sequence[int]) -> str:
     return f"Rows of the data: {', '.join(map(str, rows[:ROWS_SHOWN]))}{others}."
 
 
-def _ratios_line(window: Sequence[Trace], scored: str) -> str:
+def _ratios_line(window: Sequence[Trace], scored: str = "log pi") -> str:
     """The responses that policy and reference disagree about most, what is not finite first."""
     scores = [score for trace in window for score in trace.scores]
     if not scores:
