@@ -12,10 +12,11 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_lightning.errors import UsageError
+from dpo_lightning.export.base import base_weights, outline
 from dpo_lightning.export.checkpoint import Checkpoint, open_checkpoint
 from dpo_lightning.export.classifier import as_classifier
 from dpo_lightning.export.folder import write_companions
-from dpo_lightning.export.model import Adapter, Trained, base_weights, outline, write
+from dpo_lightning.export.model import Adapter, Trained, write
 from dpo_lightning.export.weights import Weights, in_memory
 from dpo_lightning.models.adapters import below_adapters, changes_base, outline_adapter
 from dpo_lightning.models.fingerprint import digest_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.dynamic_module_utils import custom_object_save
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.export.weights import Stored, Weights, in_memory, in_safetensors, is_sharded
+from dpo_lightning.export.base import aliases_of, base_weights, outline
+from dpo_lightning.export.weights import Weights, in_memory, is_sharded
 from dpo_lightning.export.writing import put_in_place, remove_stale, save_temporarily, write_weights
-from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, is_of_adapter, merging_steps, outline_adapter
+from dpo_lightning.models.adapters import TRAINED, Step, is_of_adapter, merging_steps, outline_adapter
 from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
-from dpo_lightning.models.weight_files import safetensors_files
 from dpo_lightning.paths import resolve
-
-log = logging.getLogger(__name__)
 
 Adapter = Literal["merge", "save"]
 ADAPTER = "adapter_model.safetensors"
@@ -64,17 +59,6 @@ class Trained:
         if adapted:
             outline_adapter(model, self.settings)
         return model
-
-
-def outline(
-    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM
-) -> PreTrainedModel:
-    """A model of a config without storage."""
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return model
 
 
 def save_policy(
@@ -193,13 +177,6 @@ def _with_rows(step: Step, count: int, weights: Mapping[str, Tensor]) -> dict[st
     return {name: F.pad(weight, (0, 0, 0, count - len(weight))) for name, weight in made.items()}
 
 
-def aliases_of(model: PreTrainedModel) -> dict[str, str]:
-    """Names of weights that are another's too, and that other's, as transformers leaves them out of files."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {alias: name for alias, name in tied.items() if named[alias] is named[name]}
-
-
 def _complete(weights: Weights, steps: Iterable[Step], aliases: dict[str, str]) -> Weights:
     """Weights with those that are there under an alias alone; refuses what is not whole."""
     under_alias = {name: weights[alias] for alias, name in aliases.items() if alias in weights}
@@ -230,39 +207,3 @@ def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
     settings.base_model_name_or_path, settings.inference_mode = resolve(trained.path), True
     settings.save_pretrained(folder)
     put_in_place(folder / ADAPTER)
-
-
-def base_weights(spec: PolicySpec, config: PretrainedConfig, settings: Any) -> Weights:
-    """Weights below an adapter, by their names in the model that has it, as they lie at the path."""
-    dtype = getattr(torch, spec.dtype)
-    plain = outline(config, dtype, spec.trust_remote_code, spec.auto)
-    stored = dict(_stored(spec, plain) or _loaded(spec))
-    stored |= {alias: stored[name] for alias, name in aliases_of(plain).items() if name in stored}
-    outline_adapter(plain, settings)
-    return {name: _cast(stored[below], dtype) for name, below in below_adapters(plain).items()}
-
-
-def _cast(weight: Stored, dtype: torch.dtype) -> Stored:
-    if not weight.dtype.is_floating_point:
-        return weight
-    return weight._replace(dtype=dtype, read=lambda: weight.read().to(dtype))
-
-
-def _stored(spec: PolicySpec, model: PreTrainedModel) -> Weights | None:
-    """Weights by their names in memory as they lie in files, where those differ by no more than a prefix."""
-    if any(isinstance(part, WeightConverter) for part in get_model_conversion_mapping(model, add_legacy=False)):
-        return None
-    files, aliases = in_safetensors(safetensors_files(spec.file)), aliases_of(model)
-    prefix, found = f"{model.base_model_prefix}.", {}
-    for name, weight in model.state_dict().items():
-        stored = files.get(name) or files.get(name.removeprefix(prefix))
-        if stored is not None and stored.shape == tuple(weight.shape):
-            found[name] = stored
-        elif name not in aliases:
-            return None
-    return found
-
-
-def _loaded(spec: PolicySpec) -> Weights:
-    log.info(f"The weights of {spec.path} lie in files otherwise than in memory, so all of them are loaded.")
-    return in_memory(replace(spec, quantize=None).load_model().state_dict())

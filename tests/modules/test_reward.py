@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from dpo_lightning import PreferenceDataModule, RewardModule
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.preference import bradley_terry_nll
+from dpo_lightning.memory.plan import plan
+from dpo_lightning.memory.rehearsal import Case
 from dpo_lightning.models.adapters import LoRA
 
 
@@ -197,3 +199,13 @@ def test_a_stream_without_validation_rows_has_no_offset_and_says_so(tiny_llama, 
     small_runs.fit(tmp_path, reward, source, max_steps=2, max_epochs=-1)
     assert reward.offset == 0
     assert "give `data.init_args.val`" in caplog.text
+
+
+def test_a_plan_of_memory_counts_a_head_and_no_vocabulary(tiny_llama, tmp_path):
+    reward, (batch,) = module(tiny_llama), batches(data(tiny_llama, val_batch_size=8))
+    reward.trainer = trainer(tmp_path)
+    reward.trainer.strategy.connect(reward)
+    found = plan(reward, Case(reward.spec, None, batch))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    assert found.weights == pytest.approx(4 * sum(weight.numel() for weight in model.parameters()), rel=0.01)
+    assert found.reference == 0
