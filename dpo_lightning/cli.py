@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from transformers.utils import logging as transformers_logging
 
-from dpo_lightning.callbacks import ExportHF, GracefulStop, MemoryPlan, ProgressBar
+from dpo_lightning.callbacks import ExportHF, GracefulStop, MemoryPlan, ProgressBar, WriteRewards
 from dpo_lightning.data.formats import Format
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
@@ -29,6 +29,11 @@ from dpo_lightning.resuming import KeepConfig, go_on, last_of
 from dpo_lightning.tools import TOOLS, run_tool
 
 COMPONENTS = (PreferenceLoss, Reference, Source, Format, PolicyModule, LightningDataModule, Callback)
+# Callbacks that a command has unless they are given.
+ADDED: dict[str | None, tuple[type[Callback], ...]] = {
+    "fit": (MemoryPlan, GracefulStop),
+    "predict": (WriteRewards,),
+}
 TOP_LEVEL = (
     *("seed_everything", "model", "data", "optimizer", "lr_scheduler", "trainer", "ckpt_path", "resume"),
     *(f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters),
@@ -76,14 +81,14 @@ class DPOLightningCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with a readable progress bar, and for fits a plan of memory and a stop on notice."""
+        """The Trainer, with a readable progress bar and what a fit or predict needs unless it is given."""
         if self.subcommand == "inspect":  # on a machine that may lack what the config trains on
             return InspectingTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         config = self._get(self.config_init, "trainer")
         callbacks: list[Callback] = list(config["callbacks"] or [])
         if config["enable_progress_bar"] is not False and not _has(callbacks, LightningProgressBar):
             callbacks.append(ProgressBar())
-        for kind in (MemoryPlan, GracefulStop) if self.subcommand == "fit" else ():
+        for kind in ADDED.get(self.subcommand, ()):
             if not _has(callbacks, kind):
                 callbacks.append(kind())
         config["callbacks"] = callbacks

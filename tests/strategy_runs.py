@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule, SFTModule
+from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule, RewardModule, SFTModule
 from dpo_lightning.data.mixture import Mixture, Part
 from dpo_lightning.data.sources import Rows
 from dpo_lightning.errors import UsageError
@@ -75,8 +75,8 @@ def make_module(model, folder, reference, objective="dpo", cls=DPOModule, lora=N
     if reference == "AdaptersOff":
         lora = lora or LoRA(rank=4)
     spec = PolicySpec(path=model, lora=lora, **kwargs.pop("spec", {}))
-    if objective == "sft":
-        return SFTModule(spec, **kwargs)
+    if objective in ("sft", "reward"):
+        return {"sft": SFTModule, "reward": RewardModule}[objective](spec, **kwargs)
     references = {
         "FrozenCopy": FrozenCopy(), "AdaptersOff": AdaptersOff(), "Cached": Cached(dir=f"{folder}/scores"),
         "Synced": Synced(alpha=0.5, interval=2),
@@ -148,7 +148,7 @@ def train(
         "steps": trainer.global_step, "inference_mode": trainer.validate_loop.inference_mode,
         "pieces": followed.pieces, "reductions": followed.reductions,
         "ignored": followed.ignored, "reference": (followed.reference, _reference(made)),
-        "sums": getattr(made, "_loss_sums", torch.zeros(0)).tolist(),
+        "sums": getattr(made, "_loss_sums", torch.zeros(0)).tolist(), "offset": getattr(made, "offset", 0.0),
     }  # fmt: skip
 
 

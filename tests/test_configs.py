@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import dpo_lightning.cli
 import dpo_lightning.losses
@@ -58,7 +58,7 @@ def write_rows(folder, config):
             asked = {"role": "user", "content": f"how is film {place}?"}
             chosen, rejected = ([asked, {"role": "assistant", "content": answer}] for answer in answers)
             rows.append({"prompt": asked["content"], "chosen": chosen, "rejected": rejected})
-    elif config["model"]["class_path"] == "SFTModule":
+    elif config["model"]["class_path"] == "SFTModule" and "num_responses" not in config["data"]["init_args"]:
         rows = [{"text": end} for end in ends[:count]]
     else:
         rows = [
@@ -166,7 +166,7 @@ def test_every_config_runs_and_every_key_arrives(path, tiny_llama, tmp_path, mon
         assert found(cli, key) == original[key], key
     if "ExportHF.dir" not in original:
         return
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    exported = cli.model.spec.auto.from_pretrained(tmp_path / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id is not None
     trained = cli.model.policy.model.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_lightning.batch import Logps
-from dpo_lightning.metrics import PreferenceMetrics, TokenMetrics, pair_accuracy
+from dpo_lightning.metrics import PreferenceMetrics, RewardMetrics, TokenMetrics, pair_accuracy, wilson_interval
 
 NAMES = [
     "loss",
@@ -134,3 +134,54 @@ def test_token_metrics_weigh_tokens_not_batches():
     second.update(parts[1])
     first.merge_state(second)
     assert {name: value.item() for name, value in first.compute().items()} == got
+
+
+def logit(share):
+    return math.log(share / (1 - share))
+
+
+def test_calibration_by_hand():
+    # Confidences .62, .66, .66 in one bin of five, two of them right; .85 in another, wrong; a tie at .5, half right.
+    margins = [logit(0.62), logit(0.66), -logit(0.66), -logit(0.85), 0.0]
+    metric = RewardMetrics(num_bins=5)
+    rewards = torch.tensor([[margin, 0.0] for margin in margins])
+    metric.update(torch.zeros(5), rewards, torch.ones(5, 2, dtype=torch.bool))
+    found = {name: value.item() for name, value in metric.compute().items()}
+    bins = [abs(0.62 + 0.66 + 0.66 - 2), 0.85, 0.0]
+    assert found["calibration/error"] == pytest.approx(sum(bins) / 5, abs=1e-6)
+    brier = [0.38**2, 0.34**2, 0.66**2, 0.85**2, 0.5**2]
+    assert found["calibration/brier"] == pytest.approx(sum(brier) / 5, abs=1e-6)
+    assert found["rewards/accuracies"] == pytest.approx((1 + 1 + 0 + 0 + 0.5) / 5)
+    assert found["rewards/margins"] == pytest.approx(sum(margins) / 5, abs=1e-6)
+    assert found["rewards/mean"] == pytest.approx(sum(margins) / 10, abs=1e-6)
+
+
+def test_a_model_that_is_as_sure_as_it_is_right_has_no_calibration_error():
+    metric = RewardMetrics()
+    margins = torch.tensor([logit(0.75)] * 3 + [-logit(0.75)])
+    metric.update(torch.zeros(4), torch.stack([margins, torch.zeros(4)], 1), torch.ones(4, 2, dtype=torch.bool))
+    assert metric.compute()["calibration/error"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_reward_metrics_of_parts_are_those_of_the_whole():
+    loss, rewards, policy = observations()
+    present, whole, parts = policy.length > 0, RewardMetrics(), RewardMetrics()
+    whole.update(loss, rewards, present)
+    for part in (slice(0, 1), slice(1, 7), slice(7, None), slice(0, 0)):
+        parts.update(loss[part], rewards[part], present[part])
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(parts.compute()[name], value, atol=1e-6, rtol=1e-6)
+    assert whole.compute()["rewards/mean"] == rewards[present].mean()
+    pairs = sum(count * (count - 1) // 2 for count in present.sum(1).tolist())
+    assert whole.counts[-1] == pairs
+
+
+def test_rewards_that_are_no_numbers_show():
+    metric = RewardMetrics()
+    metric.update(torch.zeros(1), torch.tensor([[math.nan, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert metric.compute()["calibration/error"].isnan()
+
+
+@pytest.mark.parametrize(("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0)])
+def test_wilsons_interval_as_tables_have_it(share, count, low, high):
+    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)

@@ -42,6 +42,7 @@ def compared(tiny_llama, two_ranks, tmp_path_factory):
             assert rank["steps"] == one["steps"]
             # Weights that are gathered in inference mode cannot be trained behind it.
             assert rank["inference_mode"] is (strategy != "fsdp2")
+            assert rank["offset"] == pytest.approx(one["offset"], abs=tolerance["numbers"])
             for name in ("losses", "norms", "sums"):
                 assert rank[name] == pytest.approx(one[name], rel=tolerance["numbers"], abs=tolerance["numbers"])
             assert strategy_runs.largest_difference(rank["weights"], one["weights"]) <= tolerance["weights"]
@@ -117,6 +118,12 @@ IN_PIECES = {"data": {"batch_size": 4, "val_batch_size": 4, "micro_batch_tokens"
         case("ddp", IN_PIECES, {"accumulate_grad_batches": 2}),
         case("fsdp2", IN_PIECES, {"accumulate_grad_batches": 2, "objective": "sft"}),
         case("ddp", IN_PIECES, {"accumulate_grad_batches": 2, "objective": "sft"}, slow=True),
+        # Windows of 8, 8 and 1 rankings, their offset found at the end over training rows of two ranks.
+        case("fsdp2", IN_PIECES, {"accumulate_grad_batches": 2, "objective": "reward"}),
+        case("ddp", IN_PIECES, {"accumulate_grad_batches": 2, "objective": "reward"}, slow=True),
+        case("ddp", {}, {"objective": "reward", "limit_val_batches": 0}),
+        case("fsdp2", {}, {"objective": "reward", "limit_val_batches": 0}, slow=True),
+        case("fsdp2", {}, {"objective": "reward", "reference": "AdaptersOff"}, slow=True),
         case("fsdp2", {}, {"objective": "bco"}, slow=True),
         case("ddp", {}, {"objective": "bco"}),
         case("fsdp2", {}, {"objective": "tdpo"}),
@@ -131,8 +138,13 @@ def test_so_it_is_for_other_losses_and_steps(compared, strategy, on_ranks, argum
     one, *two, _ = compared(strategy, on_ranks=on_ranks, **arguments)
     assert set(one["pieces"]) == {1}
     assert all((max(rank["pieces"]) > 1) == bool(on_ranks) for rank in two)
+    assert (one["offset"] != 0) == (arguments.get("objective") == "reward")
     if strategy == "ddp":
         assert [rank["reductions"] for rank in two] == [one["steps"]] * 2
+
+
+def test_a_reward_model_in_mixed_precision(compared):
+    compared("fsdp2", ROUNDED, objective="reward", precision="bf16-mixed")
 
 
 def test_ranks_score_their_shares(tiny_llama, two_ranks, tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 
-from dpo_lightning.export import PROVENANCE, save_policy, write_companions
+from dpo_lightning.export import PROVENANCE, as_classifier, save_policy, write_companions
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.modules.reward import RewardModule
 
 
 class ExportHF(Callback):
@@ -29,17 +32,24 @@ class ExportHF(Callback):
         # All ranks ask for the log folder, since the Trainer broadcasts it.
         folder = Path(self.dir) if self.dir else Path(trainer.log_dir or trainer.default_root_dir) / "hf"
         writes = trainer.is_global_zero
-        save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes)
+        alone = pl_module.spec.has_adapters and self.adapter == "save"
+        changed: Any = None
+        tokenizer: Any = None
+        if isinstance(pl_module, RewardModule) and not alone:
+            tokenizer = copy.deepcopy(pl_module.spec.load_tokenizer())  # it gets a token for padding
+            changed = functools.partial(as_classifier, tokenizer=tokenizer, offset=pl_module.offset)
+        save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes, changed=changed)
         if not writes:
             return
         data: Any = getattr(trainer, "datamodule", None)
-        record = {
+        record: dict[str, Any] = {
             "hyper_parameters": dict(pl_module.hparams),
             "global_step": trainer.global_step,
             PROVENANCE: pl_module.provenance(),
             "data": {PROVENANCE: data.provenance()} if hasattr(data, PROVENANCE) else {},
         }
-        alone = pl_module.spec.has_adapters and self.adapter == "save"
-        tokenizer = pl_module.spec.load_tokenizer()
+        if isinstance(pl_module, RewardModule):
+            record |= pl_module.offset_record()
+        tokenizer = tokenizer or pl_module.spec.load_tokenizer()
         write_companions(folder, tokenizer, record, base=pl_module.spec.path, alone=alone)
         self.written = folder

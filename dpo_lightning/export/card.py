@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import PreferenceLoss
+from dpo_lightning.models.reward import OFFSET
 from dpo_lightning.modules.base import PROVENANCE
 from dpo_lightning.paths import PACKAGE, resolve
 from dpo_lightning.recipes import from_plain
@@ -33,12 +34,12 @@ def model_card(record: Mapping[str, Any], data: Mapping[str, Any], *, base: str,
         alone: Whether there are adapters alone.
     """
     settings: Mapping[str, Any] = record.get("hyper_parameters", {})
-    name = _name(base)
+    name, rewards = _name(base), OFFSET in record
     tags = ["dpo_lightning", *(part.removesuffix("Loss").lower() for part in _classes(settings.get("loss")))]
     datasets = {source["dataset"]: None for source in data.get("sources", []) if source["dataset"]}
     front = ModelCardData(
         library_name="peft" if alone else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if rewards else "text-generation",
         base_model=base if _is_on_hub(base) else None,
         datasets=list(datasets) or None,
         tags=list(dict.fromkeys(tags)),
@@ -47,7 +48,7 @@ def model_card(record: Mapping[str, Any], data: Mapping[str, Any], *, base: str,
         "Method": _method(settings, record, alone),
         "Data": _data(data),
         "Validation": _validation(record),
-        "Use": _use(base if _is_on_hub(base) else "the base model", alone),
+        "Use": _use(base if _is_on_hub(base) else "the base model", alone, rewards),
         "Versions": ", ".join(f"{package} {version(package)}" for package in _used_packages(alone)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -79,6 +80,8 @@ def _method(settings: Mapping[str, Any], record: Mapping[str, Any], alone: bool)
     given = [f"{what} {settings[key]}" for what, key in rates.items() if settings.get(key) is not None]
     if given:
         lines.append(f"Optimisation: {', '.join(given)}")
+    if (offset := record.get(OFFSET)) is not None:
+        lines.append(f"Offset of the rewards, whose mean over the reference set is then 0: {offset['value']:.6g}")
     if "global_step" in record:
         lines.append(f"Optimizer steps: {record['global_step']:,}")
     return "\n".join(f"- {line}" for line in lines)
@@ -104,16 +107,21 @@ def _validation(record: Mapping[str, Any]) -> str:
     return "\n".join([f"After optimizer step {last['step']:,}:", "", "| metric | value |", "|---|--:|", *rows])
 
 
-def _use(base: str, alone: bool) -> str:
-    head = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+def _use(base: str, alone: bool, rewards: bool) -> str:
+    auto, label = ("AutoModelForSequenceClassification", ", num_labels=1") if rewards else ("AutoModelForCausalLM", "")
+    head = f"from transformers import {auto}, AutoTokenizer"
     place = 'folder = "."  # this folder, or its name on the hub'
-    model = "model = AutoModelForCausalLM.from_pretrained(folder)"
+    lines = [f"model = {auto}.from_pretrained(folder)"]
     if alone:
         head = f"from peft import PeftModel\n{head}"
-        model = (
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, folder)'
-        )
-    return "\n".join(["```python", head, "", place, model, "tokenizer = AutoTokenizer.from_pretrained(folder)", "```"])
+        lines = [f'base = {auto}.from_pretrained("{base}"{label})', "model = PeftModel.from_pretrained(base, folder)"]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    if rewards and not alone:
+        lines += [
+            'inputs = tokenizer([prompt + response + tokenizer.eos_token], padding=True, return_tensors="pt")',
+            "reward = model(**inputs).logits[:, 0] - model.config.reward_offset",
+        ]
+    return "\n".join(["```python", head, "", place, *lines, "```"])
 
 
 def _own(record: Mapping[str, Any]) -> Mapping[str, Any]:

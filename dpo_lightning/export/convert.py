@@ -13,12 +13,15 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
+from dpo_lightning.export.base import base_weights, outline
 from dpo_lightning.export.checkpoint import Checkpoint, open_checkpoint
+from dpo_lightning.export.classifier import as_classifier
 from dpo_lightning.export.folder import with_chat_template, write_companions
-from dpo_lightning.export.model import Adapter, Trained, base_weights, outline, write
+from dpo_lightning.export.model import Adapter, Trained, write
 from dpo_lightning.export.weights import Weights, in_memory
 from dpo_lightning.models.adapters import below_adapters, changes_base, outline_adapter
 from dpo_lightning.models.fingerprint import digest_of
+from dpo_lightning.models.reward import OFFSET, RewardSpec
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.base import BASE_FINGERPRINT
 from dpo_lightning.recipes import from_plain
@@ -65,11 +68,12 @@ def export(
     found = open_checkpoint(Path(checkpoint))
     spec = _spec(found, base)
     tokenizer = spec.load_tokenizer()  # what may be missing is found out before anything is written
-    trained = _trained(spec, found, adapter)
+    trained, alone = _trained(spec, found, adapter), spec.lora is not None and adapter == "save"
     if dtype is not None:
         trained = replace(trained, dtype=getattr(torch, dtype))
+    if isinstance(spec, RewardSpec) and not alone:
+        trained = as_classifier(trained, tokenizer, found.record.get(OFFSET, {}).get("value"))
     write(trained, target, adapter=adapter, max_shard_size=max_shard_size)
-    alone = spec.lora is not None and adapter == "save"
     write_companions(target, tokenizer, found.record, base=spec.path, alone=alone)
     return target
 
@@ -115,6 +119,7 @@ def _trained(spec: PolicySpec, found: Checkpoint, adapter: Adapter) -> Trained:
         settings=settings,
         generation=None if sampling is None else GenerationConfig.from_pretrained(sampling.parent),
         trust_remote_code=spec.trust_remote_code,
+        auto=spec.auto,
     )
 
 
@@ -142,7 +147,7 @@ def _with_base(spec: PolicySpec, found: Checkpoint, settings: Any) -> Weights:
 
 def _base_fingerprint(spec: PolicySpec, settings: Any, below: Weights) -> str:
     """What ``base_fingerprint`` gives for the policy in memory."""
-    model = outline(spec.load_config(), getattr(torch, spec.dtype), spec.trust_remote_code)
+    model = outline(spec.load_config(), getattr(torch, spec.dtype), spec.trust_remote_code, spec.auto)
     outline_adapter(model, settings)
     names = below_adapters(model)
     return digest_of((f"model.{name}", below[name].read()) for name, _ in model.named_parameters() if name in names)

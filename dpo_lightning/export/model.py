@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.dynamic_module_utils import custom_object_save
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.export.weights import Stored, Weights, in_memory, in_safetensors, is_sharded
+from dpo_lightning.export.base import aliases_of, base_weights, outline
+from dpo_lightning.export.weights import Weights, in_memory, is_sharded
 from dpo_lightning.export.writing import put_in_place, remove_stale, save_temporarily, write_weights
-from dpo_lightning.models.adapters import TRAINED, Step, below_adapters, is_of_adapter, merging_steps, outline_adapter
+from dpo_lightning.models.adapters import TRAINED, Step, is_of_adapter, merging_steps, outline_adapter
 from dpo_lightning.models.in_memory import PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.spec import PolicySpec
-from dpo_lightning.models.weight_files import safetensors_files
 from dpo_lightning.paths import resolve
-
-log = logging.getLogger(__name__)
 
 Adapter = Literal["merge", "save"]
 ADAPTER = "adapter_model.safetensors"
@@ -43,6 +41,7 @@ class Trained:
         settings: Of its adapter, as peft has them.
         generation: How it is meant to be sampled.
         trust_remote_code: Whether its code came with its weights.
+        auto: The class of transformers that loads it.
     """
 
     config: PretrainedConfig
@@ -52,19 +51,14 @@ class Trained:
     settings: Any = None
     generation: GenerationConfig | None = None
     trust_remote_code: bool = False
+    auto: Any = AutoModelForCausalLM
 
     def outline(self, adapted: bool = False) -> PreTrainedModel:
         """The model without storage."""
-        model = outline(self.config, self.dtype, self.trust_remote_code)
+        model = outline(self.config, self.dtype, self.trust_remote_code, self.auto)
         if adapted:
             outline_adapter(model, self.settings)
         return model
-
-
-def outline(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of a config without storage."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def save_policy(
@@ -75,6 +69,7 @@ def save_policy(
     adapter: Adapter = "merge",
     max_shard_size: str = "5GB",
     writes: bool = True,
+    changed: Callable[[Trained], Trained] | None = None,
 ) -> None:
     """Write a policy in memory as a Hugging Face folder, one weight after the other; it stays as it is.
 
@@ -87,6 +82,7 @@ def save_policy(
         adapter: Let the weights take up an adapter, in full precision, or write the adapter alone.
         max_shard_size: Most of a file of weights.
         writes: Whether this rank writes.
+        changed: What is written instead of what there is, such as a reward model that knows its offset.
 
     Raises:
         UsageError: If the policy is no Hugging Face model.
@@ -104,15 +100,18 @@ def save_policy(
         config = spec.load_config()
         if adapter == "merge":
             weights = {**weights, **base_weights(spec, config, settings)}
+    embedding: Any = model.get_input_embeddings()
     trained = Trained(
         config=config,
         weights=weights,
         path=spec.path,
-        dtype=getattr(torch, spec.dtype) if settings is not None else model.get_output_embeddings().weight.dtype,
+        dtype=getattr(torch, spec.dtype) if settings is not None else embedding.weight.dtype,
         settings=settings,
-        generation=model.generation_config,
+        generation=model.generation_config if model.can_generate() else None,
         trust_remote_code=spec.trust_remote_code,
+        auto=spec.auto,
     )
+    trained = trained if changed is None else changed(trained)
     write(trained, folder, adapter=adapter, max_shard_size=max_shard_size, writes=writes)
 
 
@@ -143,27 +142,39 @@ def _write_whole(trained: Trained, folder: Path, max_shard_size: str, writes: bo
             custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
         model.config.dtype, model.config.architectures = trained.dtype, [type(model).__name__]
         model.config.save_pretrained(folder)
-        # Not `save_pretrained`, which refuses some that model makers publish.
-        (trained.generation or model.generation_config).to_json_file(folder / "generation_config.json")
+        sampling = (trained.generation or model.generation_config) if model.can_generate() else None
+        if sampling is not None:  # not by `save_pretrained`, which refuses some that model makers publish
+            sampling.to_json_file(folder / "generation_config.json")
 
 
 def _steps(trained: Trained, names: Iterable[str]) -> list[Step]:
     if trained.settings is None:
-        return [Step((name,), (name,), dict) for name in names]
+        return _grown(trained, [Step((name,), (name,), dict) for name in names])
     steps = list(merging_steps(trained.outline(adapted=True)))
     if {name for step in steps for name in step.outputs} != {*names}:
         raise UsageError(
             f"An adapter of these settings cannot be taken up by the weights of {trained.path}; write it alone "
             "(adapter: save)."
         )
-    return steps
+    return _grown(trained, steps)
 
 
-def aliases_of(model: PreTrainedModel) -> dict[str, str]:
-    """Names of weights that are another's too, and that other's, as transformers leaves them out of files."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {alias: name for alias, name in tied.items() if named[alias] is named[name]}
+def _grown(trained: Trained, steps: list[Step]) -> list[Step]:
+    """The same steps, where the config knows more tokens than the weights with rows of zeros for those."""
+    model = trained.outline()
+    embedding: Any = model.get_input_embeddings()
+    names = {name for name, weight in model.named_parameters() if weight is embedding.weight}
+    return [
+        step._replace(make=functools.partial(_with_rows, step, len(embedding.weight)))
+        if names & {*step.outputs}
+        else step
+        for step in steps
+    ]
+
+
+def _with_rows(step: Step, count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made = step.make(weights)
+    return {name: F.pad(weight, (0, 0, 0, count - len(weight))) for name, weight in made.items()}
 
 
 def _complete(weights: Weights, steps: Iterable[Step], aliases: dict[str, str]) -> Weights:
@@ -196,39 +207,3 @@ def _write_adapter(trained: Trained, folder: Path, writes: bool) -> None:
     settings.base_model_name_or_path, settings.inference_mode = resolve(trained.path), True
     settings.save_pretrained(folder)
     put_in_place(folder / ADAPTER)
-
-
-def base_weights(spec: PolicySpec, config: PretrainedConfig, settings: Any) -> Weights:
-    """Weights below an adapter, by their names in the model that has it, as they lie at the path."""
-    dtype = getattr(torch, spec.dtype)
-    plain = outline(config, dtype, spec.trust_remote_code)
-    stored = dict(_stored(spec, plain) or _loaded(spec))
-    stored |= {alias: stored[name] for alias, name in aliases_of(plain).items() if name in stored}
-    outline_adapter(plain, settings)
-    return {name: _cast(stored[below], dtype) for name, below in below_adapters(plain).items()}
-
-
-def _cast(weight: Stored, dtype: torch.dtype) -> Stored:
-    if not weight.dtype.is_floating_point:
-        return weight
-    return weight._replace(dtype=dtype, read=lambda: weight.read().to(dtype))
-
-
-def _stored(spec: PolicySpec, model: PreTrainedModel) -> Weights | None:
-    """Weights by their names in memory as they lie in files, where those differ by no more than a prefix."""
-    if any(isinstance(part, WeightConverter) for part in get_model_conversion_mapping(model, add_legacy=False)):
-        return None
-    files, aliases = in_safetensors(safetensors_files(spec.file)), aliases_of(model)
-    prefix, found = f"{model.base_model_prefix}.", {}
-    for name, weight in model.state_dict().items():
-        stored = files.get(name) or files.get(name.removeprefix(prefix))
-        if stored is not None and stored.shape == tuple(weight.shape):
-            found[name] = stored
-        elif name not in aliases:
-            return None
-    return found
-
-
-def _loaded(spec: PolicySpec) -> Weights:
-    log.info(f"The weights of {spec.path} lie in files otherwise than in memory, so all of them are loaded.")
-    return in_memory(replace(spec, quantize=None).load_model().state_dict())

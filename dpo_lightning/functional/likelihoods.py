@@ -31,6 +31,23 @@ def log_odds(logp: Tensor) -> Tensor:
     return bounded - (-torch.expm1(bounded)).log()
 
 
+def unlikelihood_nll(chosen: Tensor, rejected: Tensor, alpha: float) -> Tensor:
+    r"""Negative log-likelihood of one response, less a share of that of another.
+
+    .. math:: -\log \pi(y_w \mid x) + \alpha \log \pi(y_l \mid x)
+
+    The baseline Unlikelihood of DPO (arXiv:2305.18290, section 6). It has the aim of unlikelihood training (Welleck et
+    al. 2020, arXiv:1908.04319), whose :math:`-\log(1 - p)` a token comes to rest at :math:`p = 0`; this falls without
+    bound as the second response becomes unlikely.
+
+    Args:
+        chosen: Log-probability of the response to raise, any shape.
+        rejected: That of the response to lower, same shape.
+        alpha: Weight of the response to lower.
+    """
+    return -chosen + alpha * rejected
+
+
 def desensitized_logps(token: Tensor, owner: Tensor, length: Tensor, alpha: float) -> Tensor:
     r"""Log-probabilities of responses in which tokens beyond the shortest response's length count less.
 

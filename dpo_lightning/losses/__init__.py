@@ -26,7 +26,7 @@ from dpo_lightning.losses.pairwise import (
     RobustDPOLoss,
 )
 from dpo_lightning.losses.rankings import PlackettLuceLoss, SoftmaxDPOLoss
-from dpo_lightning.losses.reference_free import CPOLoss, NLLLoss, ORPOLoss, SimPOLoss
+from dpo_lightning.losses.reference_free import CPOLoss, NLLLoss, ORPOLoss, SimPOLoss, UnlikelihoodLoss
 from dpo_lightning.losses.tokens import TDPO1Loss, TDPO2Loss, WPOLoss
 from dpo_lightning.losses.transport import AOTLoss, AOTUnpairedLoss
 
@@ -62,6 +62,7 @@ __all__ = [
     "SoftmaxDPOLoss",
     "TDPO1Loss",
     "TDPO2Loss",
+    "UnlikelihoodLoss",
     "WPOLoss",
     "Weighted",
     "implicit_rewards",

@@ -67,11 +67,7 @@ class PairLoss(PreferenceLoss):
 
     def __call__(self, policy: Logps, reference: Logps | None, sums: Tensor | None = None) -> Tensor:
         """One loss an example, 0 where there is no second response, shape ``(B,)``; needs K = 2."""
-        if policy.total.shape[1] != 2:
-            raise UsageError(
-                f"{type(self).__name__} compares two responses, but this batch has up to {policy.total.shape[1]} a "
-                "prompt. Keep the two best by `data.num_responses: 2`, or use PlackettLuceLoss for whole rankings."
-            )
+        require_pairs(self, policy)
         return torch.where(policy.length[:, 1] > 0, self.pair_loss(policy, reference, sums), 0.0)
 
     @abstractmethod
@@ -121,6 +117,15 @@ def implicit_rewards(policy: Logps, reference: Logps | None, beta: float) -> Ten
 def widen(values: Tensor) -> Tensor:
     """Values in fp32, or in their own dtype where that is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def require_pairs(loss: PreferenceLoss, policy: Logps) -> None:
+    """Refuse rankings where a loss knows pairs alone."""
+    if policy.total.shape[1] != 2:
+        raise UsageError(
+            f"{type(loss).__name__} compares two responses, but this batch has up to {policy.total.shape[1]} a "
+            "prompt. Keep the two best by `data.num_responses: 2`, or use PlackettLuceLoss for whole rankings."
+        )
 
 
 def require(value: bool, name: str, expected: str, got: object, remedy: str) -> None:

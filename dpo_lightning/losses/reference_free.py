@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_lightning.batch import Logps
 from dpo_lightning.functional import likelihoods, preference
-from dpo_lightning.losses.base import PairwiseLoss, PreferenceLoss, require, widen
+from dpo_lightning.losses.base import PairwiseLoss, PreferenceLoss, require, require_pairs, widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +131,32 @@ class CPOLoss(SupervisedPairLoss):
     def supervised_loss(self, policy: Logps) -> Tensor:
         """Weighted negative log-likelihood of the best response, shape ``(B,)``."""
         return self.alpha * NLLLoss(length_normalized=self.length_normalized)(policy, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlikelihoodLoss(PreferenceLoss):
+    """Unlikelihood, a baseline of DPO, Rafailov et al. 2023, arXiv:2305.18290, section 6.
+
+    Supervised fine-tuning on the best response that makes the other unlikely. Nothing bounds how unlikely: at larger
+    alpha and with many steps the policy comes apart.
+
+    Args:
+        alpha: Weight of the other response; the paper tries 0.05 to 1.
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.alpha > 0, "alpha", "positive", self.alpha, "the paper tries 0.05 to 1; for SFT use NLLLoss")
+
+    def __call__(self, policy: Logps, reference: Logps | None, sums: Tensor | None = None) -> Tensor:
+        """One loss an example, shape ``(B,)``; without a second response that of the best alone. Needs K = 2."""
+        require_pairs(self, policy)
+        chosen, rejected = self.rewards(policy, reference).unbind(1)
+        return likelihoods.unlikelihood_nll(chosen, rejected, self.alpha)
+
+    def rewards(self, policy: Logps, reference: Logps | None) -> Tensor:
+        """Log-probability, shape ``(B, K)``."""
+        return torch.where(policy.length > 0, widen(policy.total), 0.0)

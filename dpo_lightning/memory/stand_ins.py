@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_lightning.batch import Logps, PreferenceBatch
 from dpo_lightning.models.adapters import LoRA
@@ -31,9 +31,7 @@ def stand_in(spec: PolicySpec, num_layers: int | None = None) -> CausalPolicy:
         num_layers: The first so many layers alone; all of them unless given.
     """
     config = first_layers(spec.load_config(), num_layers)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
-    )
+    model = spec.auto.from_config(config, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code)
     if spec.lora is not None:
         spec = dataclasses.replace(spec, lora=_own_settings(spec.lora))
     policy = spec.assemble(model, "rows" if spec.layout == "rows" else "stream")

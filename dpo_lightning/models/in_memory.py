@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.errors import UsageError
@@ -35,6 +35,7 @@ class InMemory:
 
     compile: ClassVar[bool] = False
     can_be_rebuilt: ClassVar[bool] = False
+    auto: ClassVar[Any] = AutoModelForCausalLM
     quantize: ClassVar[None] = None
     trust_remote_code: ClassVar[bool] = False
 

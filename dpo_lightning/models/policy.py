@@ -95,12 +95,16 @@ class CausalPolicy(nn.Module):
 
     def compute_outputs(self, batch: PreferenceBatch) -> Outputs:
         """What :meth:`outputs` gives; a policy of another kind overrides this."""
-        if self._context is not None and batch.max_key > self._context:
-            _warn_of_length(batch.max_key, self._context)
-        hidden, source = self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)
+        hidden, source = self.read(batch)
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         return Outputs(hidden.index_select(0, source), head.weight, bias, self.logit_scale, self.logit_softcap)
+
+    def read(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states as they are laid out, and where in them the predictors of response tokens stand, (N,)."""
+        if self._context is not None and batch.max_key > self._context:
+            _warn_of_length(batch.max_key, self._context)
+        return self._read_stream(batch) if self.layout == "stream" else self._read_rows(batch)
 
     def _read_stream(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Hidden states of the stream, (T, D), and where in them the predictors of response tokens stand, (N,)."""

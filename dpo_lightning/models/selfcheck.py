@@ -84,7 +84,7 @@ def choose_layout(
     forked = [device] if device.type == "cuda" else []
     # Made on the CPU, whatever the default device: under a Trainer that is the one that is asked about.
     on_cpu, plain = torch.device("cpu"), torch.autocast(device.type, enabled=False)
-    with torch.random.fork_rng(forked), on_cpu, plain, torch.no_grad(), _quiet():
+    with torch.random.fork_rng(forked), on_cpu, plain, torch.no_grad(), quiet():
         torch.manual_seed(0)
         try:
             model = miniature(config, trust_remote_code)
@@ -199,8 +199,8 @@ def _rms(values: Tensor | None, expected: Tensor) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No word from transformers about models that are made to be thrown away."""
+def quiet() -> Iterator[None]:
+    """No word from transformers, such as about models that are made to be thrown away."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -62,7 +62,8 @@ def shard_layers(policy: nn.Module, model: PreTrainedModel, sharding: Sharding) 
     """Divide the weights of every decoder layer, and of what is around them, among the devices of a mesh.
 
     Args:
-        policy: What is called as a whole; what lies outside of the decoder layers is gathered while it runs.
+        policy: What is called as a whole; what lies outside of the decoder layers is gathered while it runs. Its
+            ``exact_parts``, if it has any, are gathered in the dtype of their weights.
         model: The model in it.
         sharding: The devices.
     """
@@ -73,6 +74,8 @@ def shard_layers(policy: nn.Module, model: PreTrainedModel, sharding: Sharding) 
         if plan:
             parallelize_module(layer, sharding.mesh[TENSOR], plan, src_data_rank=None)
         fully_shard(layer, mesh=sharding.mesh[DATA], mp_policy=gathered)
+    for part in getattr(policy, "exact_parts", ()):
+        fully_shard(part, mesh=sharding.mesh[DATA], mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     fully_shard(policy, mesh=sharding.mesh[DATA], mp_policy=gathered)
     register_fsdp_forward_method(policy, "generate")
 

@@ -68,6 +68,8 @@ class PolicySpec:
     """
 
     can_be_rebuilt: ClassVar[bool] = True  # from where its weights came
+    auto: ClassVar[Any] = AutoModelForCausalLM  # the class of transformers that loads it
+    engine: ClassVar[type[CausalPolicy]] = CausalPolicy  # what runs it on batches
 
     path: str
     revision: str | None = None
@@ -148,7 +150,7 @@ class PolicySpec:
         """The policy in training mode, of a model to which adapters, checkpoints and compilation are still owed."""
         if self.lora is not None:
             self.lora.add(model)
-        policy = CausalPolicy(model, layout)
+        policy = self.engine(model, layout)
         if self.activation_checkpointing:
             checkpoint_layers(policy.model, int(self.activation_checkpointing))
         if self.compile:
@@ -233,9 +235,10 @@ class PolicySpec:
         """Random weights."""
         dtype = getattr(torch, self.dtype)
         # A deep copy: models write into the config that they are given.
-        return AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = self.auto.from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=self.trust_remote_code
         )
+        return model
 
     def _load_model(self, config: PretrainedConfig) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype)
@@ -245,7 +248,8 @@ class PolicySpec:
         if self.quantize is not None:
             bits = {"load_in_8bit": self.quantize == "8bit", "load_in_4bit": self.quantize == "4bit"}
             options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-        return self._from_pretrained(AutoModelForCausalLM, self.path, config=config, dtype=dtype, **options)
+        model: PreTrainedModel = self._from_pretrained(self.auto, self.path, config=config, dtype=dtype, **options)
+        return model
 
     def _from_pretrained(self, auto: Any, path: str, key: str = "policy.path", **kwargs: Any) -> Any:
         location = Path(resolve(path)).expanduser()

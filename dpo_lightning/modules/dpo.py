@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,13 @@ from dpo_lightning.metrics import PreferenceMetrics
 from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import score
 from dpo_lightning.modules.referenced import ReferencedModule
+from dpo_lightning.modules.scored import ScoredResponses
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Reference
 
 log = logging.getLogger(__name__)
 
 LOSS_SUMS = "loss_sums"
-
-
-class ScoredResponses(NamedTuple):
-    """What ``predict`` gives for a batch.
-
-    Attributes:
-        row: Number of each example in its source, shape ``(B,)``.
-        rewards: Implicit reward of each response, 0 where it is absent, shape ``(B, K)``.
-        length: Tokens of each response, 0 where it is absent, shape ``(B, K)``.
-    """
-
-    row: Tensor
-    rewards: Tensor
-    length: Tensor
 
 
 class DPOModule(ReferencedModule):

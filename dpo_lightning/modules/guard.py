@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of responses, shape ``(B, K)``, of policy and reference, if there is one, and their rows."""
+    """Log-probabilities of responses of policy and reference, if there is one, or rewards, ``(B, K)``; their rows."""
 
     row: Tensor
     policy: Tensor
@@ -109,9 +109,14 @@ class Number:
 
 
 class Guard:
-    """Follows the batches of a step and the norm of its gradient."""
+    """Follows the batches of a step and the norm of its gradient.
 
-    def __init__(self) -> None:
+    Args:
+        scored: What responses are scored by, where there is no reference.
+    """
+
+    def __init__(self, scored: str = "log pi") -> None:
+        self.scored = scored
         self.error: NonFinite | None = None
         self._run: Run | None = None
         self._window: list[Trace] = []
@@ -179,7 +184,7 @@ class Guard:
         run = self._run
         path = run.folder / f"nonfinite-step={step}-rank={run.rank}.pt"
         rows = [row for trace in window for row in trace.rows]
-        lines = [*_found(run, step, window, norm), _rows_line(rows), _ratios_line(window)]
+        lines = [*_found(run, step, window, norm), _rows_line(rows), _ratios_line(window, self.scored)]
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             torch.save(_plain(run, step, window, norm), path)
@@ -273,7 +278,7 @@ def _rows_line(rows: Sequence[int]) -> str:
     return f"Rows of the data: {', '.join(map(str, rows[:ROWS_SHOWN]))}{others}."
 
 
-def _ratios_line(window: Sequence[Trace]) -> str:
+def _ratios_line(window: Sequence[Trace], scored: str = "log pi") -> str:
     """The responses that policy and reference disagree about most, what is not finite first."""
     scores = [score for trace in window for score in trace.scores]
     if not scores:
@@ -285,7 +290,7 @@ def _ratios_line(window: Sequence[Trace]) -> str:
         for number, value in enumerate(ratios, start=1)
     ]
     values.sort(key=lambda entry: -abs(entry[0]) if math.isfinite(entry[0]) else -math.inf)
-    what = "log pi" if scores[0].reference is None else "log pi - log pi_ref"
+    what = scored if scores[0].reference is None else "log pi - log pi_ref"
     shown = [f"row {row}, response {number}: {value:.6g}" for value, row, number in values[:RATIOS_SHOWN]]
     return f"Largest {what}, in nats: {'; '.join(shown)}."
 

@@ -227,7 +227,7 @@ def test_names_in_files_are_those_that_transformers_writes(tiny_config, tmp_path
 def test_weights_that_files_hold_joined_are_read_together(tiny_llama):
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    from dpo_lightning.export.model import outline
+    from dpo_lightning.export.base import outline
     from dpo_lightning.models.adapters import Step
 
     model = outline(PolicySpec(path=tiny_llama).load_config(), torch.float32)

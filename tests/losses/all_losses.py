@@ -34,6 +34,7 @@ from dpo_lightning.losses import (
     SPPOHardLoss,
     TDPO1Loss,
     TDPO2Loss,
+    UnlikelihoodLoss,
     Weighted,
     WPOLoss,
 )
@@ -50,7 +51,7 @@ MPO = MixedLoss(
     ]
 )
 # Losses in which an example without a second response still counts by the likelihood of its one.
-SUPERVISED = [NLLLoss(), NLLLoss(length_normalized=False), ORPOLoss(), CPOLoss(), MPO]
+SUPERVISED = [NLLLoss(), NLLLoss(length_normalized=False), ORPOLoss(), CPOLoss(), MPO, UnlikelihoodLoss()]
 RANKINGS = [PlackettLuceLoss(beta=0.1), SoftmaxDPOLoss(beta=0.1)]
 PAIRS = [
     DPOLoss(beta=0.1),

@@ -39,6 +39,7 @@ from dpo_lightning.losses import (
     SimPOLoss,
     TDPO1Loss,
     TDPO2Loss,
+    UnlikelihoodLoss,
     WPOLoss,
 )
 
@@ -146,7 +147,7 @@ def test_an_example_without_a_second_response_has_no_loss_and_no_gradient(loss):
 def test_the_likelihood_of_a_response_counts_without_a_second_one(loss):
     total = torch.tensor([[-10.0, 0.0]], requires_grad=True)
     value = loss(logps(total, [[5, 0]]), logps([[-7.0, 0.0]], [[5, 0]]))
-    per_token = getattr(loss, "length_normalized", True)
+    per_token = getattr(loss, "length_normalized", not isinstance(loss, UnlikelihoodLoss))
     assert value.item() == pytest.approx(10 / 5 if per_token else 10.0)
     value.backward()
     assert total.grad.tolist() == [[pytest.approx(-1 / 5 if per_token else -1.0), 0.0]]
@@ -168,7 +169,7 @@ def kinds(attribute):
 
 
 def test_what_losses_need():
-    assert kinds("needs_reference") == {SimPOLoss, ORPOLoss, CPOLoss, NLLLoss}
+    assert kinds("needs_reference") == {SimPOLoss, ORPOLoss, CPOLoss, NLLLoss, UnlikelihoodLoss}
     assert kinds("needs_collision") == {WPOLoss}
     assert kinds("needs_kl") == {TDPO1Loss, TDPO2Loss}
     assert kinds("needs_tokens") == {LDDPOLoss}

@@ -35,6 +35,7 @@ from dpo_lightning.losses import (
     SPPOHardLoss,
     TDPO1Loss,
     TDPO2Loss,
+    UnlikelihoodLoss,
     Weighted,
     WPOLoss,
 )
@@ -98,6 +99,7 @@ SMOOTHING = r"`label_smoothing` must be in \[0, 0.5\), got 0.5; .*swap chosen an
         ),
         (FDPOLoss, {"alpha": 0.0}, r"`alpha` must be in \(0, 1\), got 0.0; for its ends use reverse_kl or forward_kl"),
         (FDPOLoss, {"alpha": 1.0}, r"`alpha` must be in \(0, 1\), got 1.0"),
+        (UnlikelihoodLoss, {"alpha": 0.0}, r"`alpha` must be positive, got 0.0; .*for SFT use NLLLoss"),
         (NCAPairLoss, {"beta": 0.0}, r"`beta` must be positive, got 0.0; the paper uses 0.01"),
         (BCOPairLoss, {"beta": 0.0}, r"`beta` must be positive, got 0.0; the paper uses 0.01"),
         (SPPOHardLoss, {"beta": 0.0}, r"`beta` must be positive, got 0.0; the paper uses 0.001"),

@@ -34,6 +34,7 @@ from dpo_lightning.losses import (
     SPPOHardLoss,
     TDPO1Loss,
     TDPO2Loss,
+    UnlikelihoodLoss,
     WPOLoss,
 )
 
@@ -45,6 +46,8 @@ LOG_ODDS_RATIO = math.log(math.exp(-2) / (1 - math.exp(-2))) - math.log(math.exp
     ("loss", "expected"),
     [
         (DPOLoss(beta=0.1), softplus(-0.1 * MARGIN)),
+        (UnlikelihoodLoss(alpha=0.1), 10 + 0.1 * -12),
+        (UnlikelihoodLoss(alpha=0.5), 10 + 0.5 * -12),
         (DPOLoss(beta=0.1, label_smoothing=0.2), 0.8 * softplus(-0.1 * MARGIN) + 0.2 * softplus(0.1 * MARGIN)),
         (
             RobustDPOLoss(beta=0.1, label_smoothing=0.2),

@@ -1,0 +1,58 @@
+"""Reward models as transformers has them: sequence classification with one label, read at the last token."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dpo_lightning.export.model import Trained
+from dpo_lightning.models.reward import OFFSET
+
+log = logging.getLogger(__name__)
+
+PAD = "<|pad|>"
+
+
+def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) -> Trained:
+    """A reward model whose config tells its offset, and padding from the end of a response.
+
+    transformers reads a reward at the last token that is no padding, so the token for padding is one that no response
+    ends with: the tokenizer's own, or else an unused one of its vocabulary, or a new one.
+
+    Args:
+        trained: The reward model.
+        tokenizer: Its tokenizer, which gets that token for padding.
+        offset: What rewards are too high by; None where none was found.
+    """
+    if offset is None:
+        log.warning(
+            "This checkpoint has no offset, so the mean of its rewards is any: a fit finds it at its validations."
+        )
+    config = copy.deepcopy(trained.config)
+    text = config.get_text_config()
+    token = _padding(tokenizer, text)
+    if token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    else:
+        tokenizer.pad_token = token
+    for part in (config, text):
+        part.pad_token_id = tokenizer.pad_token_id
+    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
+    setattr(config, OFFSET, offset or 0.0)
+    return replace(trained, config=config, generation=None)
+
+
+def _padding(tokenizer: Tokenizer, config: PretrainedConfig) -> str | None:
+    """A token that is there and never ends a response."""
+    ends = {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    ends |= {*config.eos_token_id} if isinstance(config.eos_token_id, list) else {config.eos_token_id}
+    named = [(tokenizer.pad_token_id, tokenizer.pad_token)]
+    named += [
+        (number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if "pad" in str(token).lower()
+    ]
+    usable = (token for number, token in named if number is not None and number not in ends)
+    return next((token for token in usable if isinstance(token, str)), None)
