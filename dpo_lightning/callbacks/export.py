@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from dpo_lightning.export import PROVENANCE, as_classifier, save_policy, write_companions
+from dpo_lightning.models.reward import OFFSET
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.reward import RewardModule
 
@@ -37,7 +38,7 @@ class ExportHF(Callback):
         tokenizer: Any = None
         if isinstance(pl_module, RewardModule) and not alone:
             tokenizer = copy.deepcopy(pl_module.spec.load_tokenizer())  # it gets a token for padding
-            changed = functools.partial(as_classifier, tokenizer=tokenizer, offset=pl_module.offset)
+            changed = functools.partial(as_classifier, tokenizer=tokenizer, found=pl_module.offset_record()[OFFSET])
         save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes, changed=changed)
         if not writes:
             return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -17,7 +19,7 @@ log = logging.getLogger(__name__)
 PAD = "<|pad|>"
 
 
-def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) -> Trained:
+def as_classifier(trained: Trained, tokenizer: Tokenizer, found: Mapping[str, Any]) -> Trained:
     """A reward model whose config tells its offset, and padding from the end of a response.
 
     transformers reads a reward at the last token that is no padding, so the token for padding is one that no response
@@ -26,12 +28,10 @@ def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) 
     Args:
         trained: The reward model.
         tokenizer: Its tokenizer, which gets that token for padding.
-        offset: What rewards are too high by; None where none was found.
+        found: What is known of the offset: its value, and the optimizer step whose weights it is of.
     """
-    if offset is None:
-        log.warning(
-            "This checkpoint has no offset, so the mean of its rewards is any: a fit finds it at its validations."
-        )
+    if found["step"] < 0:
+        log.warning("No validation has found an offset yet, so the mean of these rewards is any.")
     config = copy.deepcopy(trained.config)
     text = config.get_text_config()
     token = _padding(tokenizer, text)
@@ -42,7 +42,7 @@ def as_classifier(trained: Trained, tokenizer: Tokenizer, offset: float | None) 
     for part in (config, text):
         part.pad_token_id = tokenizer.pad_token_id
     text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
-    setattr(config, OFFSET, offset or 0.0)
+    setattr(config, OFFSET, found["value"])
     return replace(trained, config=config, generation=None)
 
 

@@ -72,7 +72,7 @@ def export(
     if dtype is not None:
         trained = replace(trained, dtype=getattr(torch, dtype))
     if isinstance(spec, RewardSpec) and not alone:
-        trained = as_classifier(trained, tokenizer, found.record.get(OFFSET, {}).get("value"))
+        trained = as_classifier(trained, tokenizer, found.record[OFFSET])
     write(trained, target, adapter=adapter, max_shard_size=max_shard_size)
     write_companions(target, tokenizer, found.record, base=spec.path, alone=alone)
     return target

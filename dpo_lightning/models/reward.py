@@ -101,8 +101,8 @@ class RewardSpec(PolicySpec):
                 f"`policy.path`: {self.path} tells {config.num_labels} classes apart, and a reward is one number; name "
                 "the language model that it was made of, or one with one label."
             )
-        offered = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-        if offered is None and self.auto.__name__ not in (getattr(config, "auto_map", None) or {}):
+        brought = getattr(config, "auto_map", None) or {}
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and self.auto.__name__ not in brought:
             raise UsageError(
                 f"`policy.path`: transformers has no class for sequence classification with {config.model_type}, so "
                 "a reward model of it could be neither built nor exported. Take a model of another family."
@@ -186,7 +186,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
         UsageError: If it has none of which the reward is known: one linear layer without bias at the last token.
     """
     head: Any = getattr(model, HEAD, None)
-    is_causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not None
+    brought = getattr(model.config, "auto_map", None) or {}
+    is_causal = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in brought
     shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
     if not is_causal or shape[:1] != (1,) or getattr(head, "bias", None) is not None:
         raise UsageError(

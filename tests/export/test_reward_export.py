@@ -67,7 +67,7 @@ def as_trained(path, checkpoint, **kwargs):
         for weight in reward.policy.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight), alpha=0.1)
-    reward.offset = OFFSET
+    reward.offset, reward._offset_step = OFFSET, 4
     content = {"state_dict": reward.state_dict(), "hyper_parameters": dict(reward.hparams)}
     content.update({"pytorch-lightning_version": "2.0.0"})
     reward.on_save_checkpoint(content)
@@ -200,3 +200,11 @@ def test_a_model_with_more_labels_is_refused(tiny_llama, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="tells 3 classes apart, and a reward is one number"):
         small_runs.module(tmp_path, cls=RewardModule).configure_model()
+
+
+def test_that_there_is_no_offset_yet_is_said(tiny_llama, tmp_path, caplog):
+    reward = small_runs.module(tiny_llama, cls=RewardModule)
+    small_runs.saving(tmp_path, reward, small_runs.data(tiny_llama), max_steps=2, limit_val_batches=0)
+    model = loaded(export(str(tmp_path / "step=1.ckpt"), str(tmp_path / "hf")))
+    assert "No validation has found an offset yet" in caplog.text
+    assert model.config.reward_offset == 0
