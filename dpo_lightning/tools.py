@@ -40,7 +40,10 @@ TOOLS: dict[str, Tool | dict[str, Tool]] = {
     "sample": Tool("dpo_lightning.generation.command:sample_prompts", bases=("dpo_lightning.data.sources:Source",)),
     "evaluate": {
         "reward_kl": Tool("dpo_lightning.evaluation.reward_kl:reward_kl", ("dpo_lightning.scorers:Scorer",)),
-        "win_rate": Tool("dpo_lightning.evaluation.win_rate:win_rate", ("dpo_lightning.judges:Judge",)),
+        "win_rate": Tool(
+            "dpo_lightning.evaluation.win_rate:win_rate",
+            ("dpo_lightning.judges:Judge", "dpo_lightning.data.sources:Source"),
+        ),
         "agreement": Tool("dpo_lightning.evaluation.agreement:agreement"),
     },
     "frontier": Tool("dpo_lightning.evaluation.frontier:frontier"),

@@ -100,8 +100,9 @@ def completion(reply: Reply) -> str:
 
 
 def shown(question: str) -> tuple[str, str]:
-    """The responses that the question `helpful` shows as A and B."""
-    return re.search(r"Reply A:\n(.*?)\n\nReply B:\n(.*?)\n\nFirst write", question, re.DOTALL).groups()
+    """The responses that one of our questions shows as A and B."""
+    place = r"(?:Reply|Summary) A:\n(.*?)\n\n(?:Reply|Summary) B:\n(.*?)\n\nFirst write"
+    return re.search(place, question, re.DOTALL).groups()
 
 
 def longer(number, question, body):

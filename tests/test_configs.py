@@ -17,7 +17,8 @@ import dpo_lightning.references
 from dpo_lightning.losses import Weighted
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER = sorted(path for path in (ROOT / "configs/paper").glob("*/*.yaml") if "trainer:" in path.read_text())
+CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *PAPER]
 LOSSES = sorted((ROOT / "configs/losses").glob("*.yaml"))  # each over the quickstart
 REFERENCES = sorted((ROOT / "configs/references").glob("*.yaml"))  # the same
 # Paths, data, lengths, devices and the number of steps: all that a test may replace.
@@ -40,6 +41,9 @@ REPLACED = {
     "ModelCheckpoint.every_n_train_steps",
     "LogSamples.prompts",
     "LogSamples.max_new_tokens",
+    "TrackRewardKL.prompts",
+    "TrackRewardKL.scorer",
+    "TrackRewardKL.max_new_tokens",
 }
 
 
@@ -49,7 +53,9 @@ def write_rows(folder, config):
     count = config["data"]["init_args"]["batch_size"] + 8
     words = ["good", "bad", "slow", "fine", "dull", "warm"]
     ends = [f"{words[i % 6]} film {i}" for i in range(2 * count)]
-    if shape == "Transcripts":
+    if shape == "Completions":
+        rows = [{"prompt": "it is", "completion": " " + end} for end in ends[:count]]
+    elif shape == "Transcripts":
         talk = "\n\nHuman: how is it?\n\nAssistant:"
         rows = [{"chosen": f"{talk} {ends[2 * i]}", "rejected": f"{talk} {ends[2 * i + 1]}"} for i in range(count)]
     elif "ultrafeedback" in str(config["data"]["init_args"]["train"]):
@@ -93,6 +99,9 @@ def adapted(config, folder, model, devices=1, num_nodes=1):
             callback["init_args"].update(dirpath=str(folder / "saved"), every_n_train_steps=1)
         if callback["class_path"] == "LogSamples":
             callback["init_args"].update(prompts=["it is"], max_new_tokens=4)
+        if callback["class_path"] == "TrackRewardKL":
+            score = {"class_path": "Function", "init_args": {"path": "dpo_lightning.quickstart.grammar.sentiment"}}
+            callback["init_args"].update(prompts=["it is"], scorer=score, max_new_tokens=4)
     return config
 
 
@@ -121,7 +130,7 @@ def found(cli, key):
         value = getattr(cli.trainer, owner)
         return value if not rest else type(value).__name__ if rest == "class_path" else getattr(value, rest)
     callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == part)
-    value = getattr(callback, name)
+    value = getattr(callback if hasattr(callback, name) else callback.drawing, name)
     return f"{value.__module__}.{value.__name__}" if callable(value) else value
 
 
@@ -151,7 +160,7 @@ def flat(config):
     )
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
 def test_every_config_runs_and_every_key_arrives(path, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dpo-lightning"])
@@ -243,7 +252,7 @@ def test_the_first_line_of_a_config_is_its_command():
     for path in CONFIGS:
         first = path.read_text().splitlines()[0]
         assert first.startswith("# ")
-        assert f"configs/{path.name}" in first or "python -m" in first
+        assert str(path.relative_to(ROOT)) in first or "python -m" in first
     for path in LOSSES + REFERENCES:
         overlay = path.relative_to(ROOT)
         command = f"dpo-lightning fit --config configs/quickstart.yaml --config {overlay}"

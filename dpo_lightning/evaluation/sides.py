@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_lightning.data.cells import is_messages
-from dpo_lightning.data.files import Files
+from dpo_lightning.data.files import Files, as_source
+from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation.samples import Samples, read_samples
 from dpo_lightning.scorers import Prompt
@@ -54,11 +55,11 @@ class Matched(NamedTuple):
     tokens: tuple[int | None, int | None]
 
 
-def read_side(path: str, column: str, prompt: str = "prompt", temperature: float | None = None) -> list[Side]:
+def read_side(path: str | Source, column: str, prompt: str = "prompt", temperature: float | None = None) -> list[Side]:
     """Responses of a file.
 
     Args:
-        path: A file of samples, or of data with one response a row.
+        path: A file of samples, or a file or source of data with one response a row.
         column: Column of the response in data.
         prompt: Column of the prompt in data. Without one, responses that begin with the prompt lose it when they are
             matched.
@@ -67,7 +68,7 @@ def read_side(path: str, column: str, prompt: str = "prompt", temperature: float
     Raises:
         UsageError: If there are none.
     """
-    if _is_of_samples(path):
+    if isinstance(path, str) and _is_of_samples(path):
         found = [_of_samples(samples) for samples in read_samples(path)]
         known = sorted({side.temperature for side in found if side.temperature is not None})
         if temperature is not None and temperature not in known:
@@ -75,7 +76,8 @@ def read_side(path: str, column: str, prompt: str = "prompt", temperature: float
         return [side for side in found if temperature is None or side.temperature == temperature]
     if temperature is not None:
         raise UsageError(f"{path} is no file of samples, so it has none of temperature {temperature:g}.")
-    return [_of_data(row, f"{path}, row {number}", number, column, prompt) for number, row in Files(path).numbered()]
+    rows = as_source(path).numbered()
+    return [_of_data(row, f"{path}, row {number}", number, column, prompt) for number, row in rows]
 
 
 def match(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[Matched]:

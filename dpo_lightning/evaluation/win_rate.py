@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.sides import Matched, match, read_side
 from dpo_lightning.evaluation.statistics import rate_interval
@@ -21,7 +22,7 @@ LIKE = 0.8  # shorter over longer, in characters, from which on two responses co
 
 def win_rate(
     samples: str,
-    against: str,
+    against: str | Source,
     out: str,
     *,
     judge: Judge,
@@ -37,7 +38,8 @@ def win_rate(
 
     Args:
         samples: File of samples, of one temperature or several; or of data, with responses in a column.
-        against: File of other samples, or of data, with the responses to compare with in a column.
+        against: File of other samples, or of data, with the responses to compare with in a column; or any source of a
+            data module, such as HubDataset.
         out: JSON file of the result.
         judge: What says which of two responses is better.
         column: Column of the responses to compare with, where those are data.
@@ -57,7 +59,7 @@ def win_rate(
         raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
     sides = read_side(samples, samples_column, prompt_column)
     others = read_side(against, column, prompt_column, against_temperature)
-    matched = match(sides, others, against)
+    matched = match(sides, others, str(against))
     target.parent.mkdir(parents=True, exist_ok=True)
     comparisons = [Comparison(one.prompt, one.first, one.second) for one in matched]
     answers = target.with_suffix(".answers.jsonl")
@@ -72,7 +74,7 @@ def win_rate(
         for temperature in dict.fromkeys(one.temperature for one in matched)
         for own in [[pair for pair in zip(matched, verdicts, strict=True) if pair[0].temperature == temperature]]
     ]
-    settings = {"samples": samples, "against": against, "column": column, "judge": to_plain(judge)}
+    settings = {"samples": samples, "against": str(against), "column": column, "judge": to_plain(judge)}
     write_whole(target, json.dumps({"kind": "win_rate", "rows": rows, "settings": settings}, indent=2) + "\n")
     print("\n".join(in_words(row) for row in rows))
     return [target, beside]

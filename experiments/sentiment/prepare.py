@@ -1,6 +1,9 @@
 """What the experiment begins with: reviews to learn, prefixes of them to continue, a tokenizer and a model's shape.
 
 Two sources: the grammar of film reviews that the package brings, and the IMDb reviews of Maas et al. 2011 as files.
+With a network, prefixes of the reviews on the hub for a model of your own, by its tokenizer::
+
+    python experiments/sentiment/prepare.py MODEL OUT
 """
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_lightning.data.sources import HubDataset
 from dpo_lightning.paths import resolve
 from dpo_lightning.quickstart.grammar import beginnings, corpus, is_held_out, review
 
@@ -50,6 +55,15 @@ def imdb(folder: Path, out: Path, num_prompts: int, num_held_out: int) -> None:
     write_prompts(out / "prompts.jsonl", train[:num_prompts], tokenizer, seed=4)
     write_prompts(out / "prompts_held_out.jsonl", test[500 : 500 + num_held_out], tokenizer, seed=5)
     save_blank(out / "blank", tokenizer, config)
+
+
+def from_hub(model: str, out: Path, num_prompts: int = 25_000, num_held_out: int = 256) -> None:
+    """Prefixes of the reviews on the hub."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for name, split, count in (("prompts", "train", num_prompts), ("prompts_held_out", "test", num_held_out)):
+        texts = [row["text"] for row in HubDataset(name="stanfordnlp/imdb", split=split)]
+        random.Random(1).shuffle(texts)
+        write_prompts(out / f"{name}.jsonl", texts[:count], tokenizer, seed=4)
 
 
 def reviews(path: Path) -> Iterator[str]:
@@ -98,3 +112,7 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from_hub(sys.argv[1], Path(sys.argv[2]))
