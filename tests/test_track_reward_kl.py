@@ -74,8 +74,8 @@ def test_the_command_says_the_same_of_the_checkpoint(tiny_llama, tmp_path):
 
 def test_training_does_not_notice(noisy_llama, tmp_path):
     """Dropout draws from the random state that samples would disturb."""
-    watched = fitted(tmp_path / "a", noisy_llama, track(every_n_steps=1), dropout=True)
-    alone = fitted(tmp_path / "b", noisy_llama, None, dropout=True)
+    watched = fitted(tmp_path / "a", noisy_llama, track(every_n_steps=1), dropout=True, max_steps=3)
+    alone = fitted(tmp_path / "b", noisy_llama, None, dropout=True, max_steps=3)
     assert same(small_runs.trained(watched), small_runs.trained(alone))
 
 
@@ -87,9 +87,10 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(noisy_llama, tmp_p
                        enable_checkpointing=True, **options)  # fmt: skip
         return small_runs.trained(module), read_points([str(folder)])
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "halves", max_steps=4)
-    halves = run(tmp_path / "halves", str(tmp_path / "checkpoints/step=3.ckpt"))  # behind it step 4 was measured too
+    whole = run(tmp_path / "whole", max_steps=4)
+    run(tmp_path / "halves", max_steps=3)
+    checkpoint = str(tmp_path / "checkpoints/step=2.ckpt")  # behind it step 3 was measured too
+    halves = run(tmp_path / "halves", checkpoint, max_steps=4)
     assert same(whole[0], halves[0])
     assert whole[1] == halves[1]
 
@@ -98,10 +99,10 @@ def test_without_a_reference_of_its_own_a_module_is_given_one(tiny_llama, tmp_pa
     with pytest.raises(UsageError, match="this SFTModule has none that can score samples: name the folder"):
         fitted(tmp_path, tiny_llama, track(), cls=SFTModule)
     with pytest.raises(UsageError, match="this DPOModule has none"):
-        fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss())
+        fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss(), max_steps=1)
     with pytest.raises(UsageError, match="this DPOModule has none"):
         fitted(tmp_path, tiny_llama, track(), reference=Cached(dir=str(tmp_path / "cache")))
-    fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule)
+    fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule, max_steps=2)
     points = read_points([str(tmp_path)])
     assert (points[0].kl, points[0].method) == (0.0, "Preferred-FT")
     assert points[-1].kl != 0
