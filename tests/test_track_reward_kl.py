@@ -151,10 +151,10 @@ def test_refusals(options, message):
         track(**options)
 
 
-def test_prompts_from_a_file(tmp_path):
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n")
-    with pytest.raises(UsageError, match="row 2: TrackRewardKL needs a column 'prompt'"):
-        TrackRewardKL(str(tmp_path / "prompts.jsonl"), CountOfA())
+def test_prompts_from_a_file_have_the_numbers_of_its_rows(tiny_llama, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(f"\n{json.dumps({'prompt': 'a'})}\n")
+    with pytest.raises(UsageError, match="prompt 2 a reward that is no number"):
+        fitted(tmp_path, tiny_llama, TrackRewardKL(str(tmp_path / "prompts.jsonl"), Failing(), **HOW))
 
 
 def test_a_scorer_that_fails_ends_the_run_in_words(tiny_llama, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.callbacks.samples import read_texts
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
-from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Score, draw, point_of, rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of, rewarded
+from dpo_lightning.generation.prompts import read_prompts
 from dpo_lightning.journal import write_whole
 from dpo_lightning.models.shard import is_sharded
 from dpo_lightning.modules.base import PolicyModule
@@ -71,8 +71,9 @@ class TrackRewardKL(Callback):
         self.drawing.check()
         if every_n_steps is not None and every_n_steps < 1:
             raise UsageError(f"`every_n_steps` must be 1 or more, got {every_n_steps}.")
-        texts = read_texts(prompts, "TrackRewardKL") if isinstance(prompts, str) else prompts
-        self.prompts = [(row, text) for row, text in enumerate(texts, start=1)]
+        self.prompts: Sequence[Numbered] = (
+            read_prompts(prompts) if isinstance(prompts, str) else list(enumerate(prompts, start=1))
+        )
         self.scorer, self.every_n_steps = scorer, every_n_steps
         self.method, self.label, self.reference = method, label, reference
         self._measured_at = -1

@@ -47,7 +47,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = read_texts(prompts, "LogSamples") if isinstance(prompts, str) else prompts
+        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -185,24 +185,15 @@ def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> flo
     return sum(ratios) / len(ratios)
 
 
-def read_texts(path: str, callback: str) -> list[str]:
-    """Prompts of a file, as text.
-
-    Args:
-        path: A file of rows with a column prompt.
-        callback: Who needs them, in messages.
-
-    Raises:
-        UsageError: If a row has none, or there is none.
-    """
+def _read_prompts(path: str) -> list[str]:
     prompts: list[str] = []
     for number, row in Files(path).numbered():
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str):
             raise UsageError(
-                f"{path}, row {number}: {callback} needs a column 'prompt' that holds text, got {prompt!r}."
+                f"{path}, row {number}: LogSamples needs a column 'prompt' that holds text, got {prompt!r}."
             )
         prompts.append(prompt)
     if not prompts:
-        raise UsageError(f"{path}: {callback} needs at least one prompt.")
+        raise UsageError(f"{path}: LogSamples needs at least one prompt.")
     return prompts
