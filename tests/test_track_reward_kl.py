@@ -16,7 +16,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import TRACKED, read_points
 from dpo_lightning.evaluation.reward_kl import reward_kl
 from dpo_lightning.losses import SimPOLoss
-from dpo_lightning.references import Cached
+from dpo_lightning.references import Cached, Synced
 
 PROMPTS = ["the film", "we all loved", "a story"]
 HOW = {"num_samples": 2, "max_new_tokens": 5}
@@ -96,12 +96,16 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(noisy_llama, tmp_p
 
 
 def test_without_a_reference_of_its_own_a_module_is_given_one(tiny_llama, tmp_path):
-    with pytest.raises(UsageError, match="this SFTModule has none that can score samples: name the folder"):
+    with pytest.raises(
+        UsageError, match="this SFTModule has none that scores samples and stays as it is: name the folder"
+    ):
         fitted(tmp_path, tiny_llama, track(), cls=SFTModule)
     with pytest.raises(UsageError, match="this DPOModule has none"):
         fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss(), max_steps=1)
     with pytest.raises(UsageError, match="this DPOModule has none"):
         fitted(tmp_path, tiny_llama, track(), reference=Cached(dir=str(tmp_path / "cache")))
+    with pytest.raises(UsageError, match="this DPOModule has none"):
+        fitted(tmp_path, tiny_llama, track(), reference=Synced())
     fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule, max_steps=2)
     points = read_points([str(tmp_path)])
     assert (points[0].kl, points[0].method) == (0.0, "Preferred-FT")

@@ -28,6 +28,7 @@ from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
 from dpo_lightning.modules.referenced import ReferencedModule
 from dpo_lightning.references.base import FrozenPolicy
+from dpo_lightning.references.synced import Synced
 from dpo_lightning.scorers import Scorer
 
 LOGGED = ("reward", "reward_se", "kl", "kl_se", "length_mean", "finished")
@@ -49,7 +50,7 @@ class TrackRewardKL(Callback):
         method: What `frontier` calls the method; by default the loss, or the module.
         label: Which run of the method it is, as in "beta 0.1".
         reference: Folder or hub name of the policy that training begins with: needed where the module has no
-            reference, or one that scores the data alone.
+            reference, one that scores the data alone, or one that follows the policy.
         seed: Seed of the samples.
         batch_size: Samples drawn at a time.
     """
@@ -86,8 +87,8 @@ class TrackRewardKL(Callback):
             return
         if self.reference is None and not _has_reference(pl_module):
             raise UsageError(
-                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that can "
-                "score samples: name the folder of the policy that training begins with by its `reference`."
+                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that scores "
+                "samples and stays as it is: name the folder of the policy that training begins with by its `reference`."
             )
         strategy = trainer.strategy
         if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
@@ -217,7 +218,10 @@ def _aside(module: PolicyModule) -> Iterator[None]:
 
 
 def _has_reference(module: PolicyModule) -> bool:
-    return isinstance(module, ReferencedModule) and module.needs_reference and not module.reference.sums_alone
+    """Whether a module's reference scores any text, and is the same from the first step to the last."""
+    if not isinstance(module, ReferencedModule) or not module.needs_reference:
+        return False
+    return not module.reference.sums_alone and not isinstance(module.reference, Synced)
 
 
 def _method(module: PolicyModule) -> str:
