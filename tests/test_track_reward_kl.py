@@ -16,7 +16,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import TRACKED, read_points
 from dpo_lightning.evaluation.reward_kl import reward_kl
 from dpo_lightning.losses import SimPOLoss
-from dpo_lightning.references import Cached
+from dpo_lightning.references import Cached, Synced
 
 PROMPTS = ["the film", "we all loved", "a story"]
 HOW = {"num_samples": 2, "max_new_tokens": 5}
@@ -74,8 +74,8 @@ def test_the_command_says_the_same_of_the_checkpoint(tiny_llama, tmp_path):
 
 def test_training_does_not_notice(noisy_llama, tmp_path):
     """Dropout draws from the random state that samples would disturb."""
-    watched = fitted(tmp_path / "a", noisy_llama, track(every_n_steps=1), dropout=True)
-    alone = fitted(tmp_path / "b", noisy_llama, None, dropout=True)
+    watched = fitted(tmp_path / "a", noisy_llama, track(every_n_steps=1), dropout=True, max_steps=3)
+    alone = fitted(tmp_path / "b", noisy_llama, None, dropout=True, max_steps=3)
     assert same(small_runs.trained(watched), small_runs.trained(alone))
 
 
@@ -87,21 +87,26 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(noisy_llama, tmp_p
                        enable_checkpointing=True, **options)  # fmt: skip
         return small_runs.trained(module), read_points([str(folder)])
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "halves", max_steps=4)
-    halves = run(tmp_path / "halves", str(tmp_path / "checkpoints/step=3.ckpt"))  # behind it step 4 was measured too
+    whole = run(tmp_path / "whole", max_steps=4)
+    run(tmp_path / "halves", max_steps=3)
+    checkpoint = str(tmp_path / "checkpoints/step=2.ckpt")  # behind it step 3 was measured too
+    halves = run(tmp_path / "halves", checkpoint, max_steps=4)
     assert same(whole[0], halves[0])
     assert whole[1] == halves[1]
 
 
 def test_without_a_reference_of_its_own_a_module_is_given_one(tiny_llama, tmp_path):
-    with pytest.raises(UsageError, match="this SFTModule has none that can score samples: name the folder"):
+    with pytest.raises(
+        UsageError, match="this SFTModule has none that scores samples and stays as it is: name the folder"
+    ):
         fitted(tmp_path, tiny_llama, track(), cls=SFTModule)
     with pytest.raises(UsageError, match="this DPOModule has none"):
-        fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss())
+        fitted(tmp_path, tiny_llama, track(), loss=SimPOLoss(), max_steps=1)
     with pytest.raises(UsageError, match="this DPOModule has none"):
         fitted(tmp_path, tiny_llama, track(), reference=Cached(dir=str(tmp_path / "cache")))
-    fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule)
+    with pytest.raises(UsageError, match="this DPOModule has none"):
+        fitted(tmp_path, tiny_llama, track(), reference=Synced())
+    fitted(tmp_path, tiny_llama, track(reference=tiny_llama, method="Preferred-FT"), cls=SFTModule, max_steps=2)
     points = read_points([str(tmp_path)])
     assert (points[0].kl, points[0].method) == (0.0, "Preferred-FT")
     assert points[-1].kl != 0
@@ -150,10 +155,10 @@ def test_refusals(options, message):
         track(**options)
 
 
-def test_prompts_from_a_file(tmp_path):
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n")
-    with pytest.raises(UsageError, match="row 2: column 'prompt' must hold a prompt"):
-        TrackRewardKL(str(tmp_path / "prompts.jsonl"), CountOfA())
+def test_prompts_from_a_file_have_the_numbers_of_its_rows(tiny_llama, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(f"\n{json.dumps({'prompt': 'a'})}\n")
+    with pytest.raises(UsageError, match="prompt 2 a reward that is no number"):
+        fitted(tmp_path, tiny_llama, TrackRewardKL(str(tmp_path / "prompts.jsonl"), Failing(), **HOW))
 
 
 def test_a_scorer_that_fails_ends_the_run_in_words(tiny_llama, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,17 +17,18 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.callbacks.samples import read_texts
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
-from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Score, draw, point_of, rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of, rewarded
+from dpo_lightning.generation.prompts import read_prompts
 from dpo_lightning.journal import write_whole
 from dpo_lightning.models.shard import is_sharded
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
 from dpo_lightning.modules.referenced import ReferencedModule
 from dpo_lightning.references.base import FrozenPolicy
+from dpo_lightning.references.synced import Synced
 from dpo_lightning.scorers import Scorer
 
 LOGGED = ("reward", "reward_se", "kl", "kl_se", "length_mean", "finished")
@@ -49,7 +50,7 @@ class TrackRewardKL(Callback):
         method: What `frontier` calls the method; by default the loss, or the module.
         label: Which run of the method it is, as in "beta 0.1".
         reference: Folder or hub name of the policy that training begins with: needed where the module has no
-            reference, or one that scores the data alone.
+            reference, one that scores the data alone, or one that follows the policy.
         seed: Seed of the samples.
         batch_size: Samples drawn at a time.
     """
@@ -71,8 +72,9 @@ class TrackRewardKL(Callback):
         self.drawing.check()
         if every_n_steps is not None and every_n_steps < 1:
             raise UsageError(f"`every_n_steps` must be 1 or more, got {every_n_steps}.")
-        texts = read_texts(prompts, "TrackRewardKL") if isinstance(prompts, str) else prompts
-        self.prompts = [(row, text) for row, text in enumerate(texts, start=1)]
+        self.prompts: Sequence[Numbered] = (
+            read_prompts(prompts) if isinstance(prompts, str) else list(enumerate(prompts, start=1))
+        )
         self.scorer, self.every_n_steps = scorer, every_n_steps
         self.method, self.label, self.reference = method, label, reference
         self._measured_at = -1
@@ -85,8 +87,8 @@ class TrackRewardKL(Callback):
             return
         if self.reference is None and not _has_reference(pl_module):
             raise UsageError(
-                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that can "
-                "score samples: name the folder of the policy that training begins with by its `reference`."
+                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that scores "
+                "samples and stays as it is: name the folder of the policy that training begins with by its `reference`."
             )
         strategy = trainer.strategy
         if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
@@ -216,7 +218,10 @@ def _aside(module: PolicyModule) -> Iterator[None]:
 
 
 def _has_reference(module: PolicyModule) -> bool:
-    return isinstance(module, ReferencedModule) and module.needs_reference and not module.reference.sums_alone
+    """Whether a module's reference scores any text, and is the same from the first step to the last."""
+    if not isinstance(module, ReferencedModule) or not module.needs_reference:
+        return False
+    return not module.reference.sums_alone and not isinstance(module.reference, Synced)
 
 
 def _method(module: PolicyModule) -> str:

@@ -46,7 +46,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = read_texts(prompts, "LogSamples") if isinstance(prompts, str) else prompts
+        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -184,20 +184,11 @@ def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> flo
     return sum(ratios) / len(ratios)
 
 
-def read_texts(path: str, callback: str) -> list[str]:
-    """Prompts of a file, as text.
-
-    Args:
-        path: A file of rows with a column prompt.
-        callback: Who needs them, in messages.
-
-    Raises:
-        UsageError: If one cannot be used, or is messages, or there is none.
-    """
+def _texts(path: str) -> list[str]:
     prompts = read_prompts(path)
     messages = next((number for number, prompt in prompts if not isinstance(prompt, str)), None)
     if messages is not None:
         raise UsageError(
-            f"{path}, row {messages}: {callback} continues prompts that are text, and this one is messages."
+            f"{path}, row {messages}: LogSamples continues prompts that are text, and this one is messages."
         )
     return [prompt for _, prompt in prompts if isinstance(prompt, str)]

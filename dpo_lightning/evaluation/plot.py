@@ -38,6 +38,7 @@ def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
         _draw_method(axes, [point for point in points if point.method == method], colour)
     if scale == "sqrt":
         axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    axes.margins(x=0.09)  # room for the names of points at KL 0
     axes.set_xlabel("KL to the reference, nats a sample" + (" (square-root scale)" if scale == "sqrt" else ""))
     axes.set_ylabel("mean reward of samples")
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -115,7 +115,7 @@ def reward_kl(
 
 def in_words(point: Point) -> str:
     """A point as a line for people."""
-    name = " ".join(filter(None, [point.method, point.label, "" if point.step is None else f"step {point.step}"]))
+    name = ", ".join(filter(None, [point.method, point.label, "" if point.step is None else f"step {point.step}"]))
     kl = f"KL {point.kl:.3f} nats" + (" at most" if point.kl_is_bound else _error(point.kl_se))
     length = "" if point.length_mean is None else f"   {point.length_mean:.1f} tokens, {point.finished:.0%} finished"
     return f"{name:24}   reward {point.reward:.4f}{_error(point.reward_se)}   {kl}{length}"

@@ -4,9 +4,12 @@ import math
 import numpy as np
 import pytest
 from small_world import CountOfA, distribution, text, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.reward_kl import reward_kl
+from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of, rewarded
+from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.tools import run_tool
 
 LENGTH = 3
@@ -42,30 +45,31 @@ def points_of(path):
     return json.loads(path.read_text())["points"]
 
 
-def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(models, tmp_path, capsys):
+def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(models):
     """Many rows of one prompt, so that all there is of chance is in the samples."""
-    prompts, found = tmp_path / "prompts.jsonl", []
-    prompts.write_text('{"prompt": "bc"}\n' * 40)
+    policy, reference = (CausalPolicy(AutoModelForCausalLM.from_pretrained(path)).eval() for path in models)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    asked = [(row, "bc") for row in range(1, 41)]
+
+    def measured(model, seed):
+        engine = Engine(model.model, tokenizer, model.generate, model, reference, lambda batch: batch)
+        return rewarded(CountOfA(), draw(engine, Drawing(4, LENGTH, seed), asked, 0))
+
     reward, kl, best = exact(models, "bc")
-    for seed in range(12):
-        out = tmp_path / f"{seed}.json"
-        reward_kl(*models, str(prompts), str(out), scorer=CountOfA(), num_samples=4, max_new_tokens=LENGTH, seed=seed,
-                  best_of=[1, 2, 4])  # fmt: skip
-        found.append(points_of(out))
+    points = [point_of(measured(policy, seed), method="DPO") for seed in range(16)]
     for name, truth in (("reward", reward), ("kl", kl)):
-        own = np.array([points[0][name] for points in found])
-        errors = np.array([points[0][f"{name}_se"] for points in found])
+        own = np.array([getattr(point, name) for point in points])
+        errors = np.array([getattr(point, f"{name}_se") for point in points])
         assert truth > 0.05
         assert (abs(own - truth) < 4 * errors).all()
-        assert abs(own.mean() - truth) < 4 * errors.mean() / math.sqrt(12)
-        assert 0.5 < own.std(ddof=1) / errors.mean() < 1.6  # the spread of 12 has an error of 21 %
-    for place, n in enumerate([1, 2, 4], start=1):
-        own = [points[place] for points in found]
-        assert all((point["label"], point["kl_is_bound"]) == (f"N = {n}", True) for point in own)
-        assert own[0]["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
-        mean, se = np.mean([point["reward"] for point in own]), np.mean([point["reward_se"] for point in own])
-        assert abs(mean - best[n]) < 4 * se / math.sqrt(12)
-    assert "Best of N" in capsys.readouterr().out
+        assert abs(own.mean() - truth) < 4 * errors.mean() / 4
+        assert 0.5 < own.std(ddof=1) / errors.mean() < 1.5  # the spread of 16 has an error of 18 %
+    drawn = [measured(reference, seed) for seed in range(16)]
+    for n in best:
+        own = [best_of_n_point(one, n) for one in drawn]
+        assert (own[0].label, own[0].kl_is_bound, own[0].kl) == (f"N = {n}", True, math.log(n) - (n - 1) / n)
+        mean, se = np.mean([point.reward for point in own]), np.mean([point.reward_se for point in own])
+        assert abs(mean - best[n]) < 4 * se / 4
 
 
 def test_a_policy_that_is_its_reference_has_no_kl_and_its_samples_serve_best_of_n(models, prompts, tmp_path):
@@ -163,9 +167,11 @@ def test_from_the_command_line(models, prompts, tmp_path, capsys):
     args = ["reward_kl", *models, prompts, str(out), "--scorer", "small_world.CountOfA", "--scorer.weight", "3",
             "--num_samples", "2", "--max_new_tokens", "2", "--best_of", "[1,2]", "--method", "DPO"]  # fmt: skip
     run_tool("evaluate", args)
-    assert f"Written: {out}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Written: {out}" in printed
+    assert "Best of N, N = 2" in printed
     assert [point["method"] for point in points_of(out)] == ["DPO", "Best of N", "Best of N"]
     assert json.loads(out.read_text())["settings"]["scorer"]["init_args"] == {"weight": 3.0}
     with pytest.raises(SystemExit):
         run_tool("evaluate", [*args, "--temperature", "0.7"])
-    print(capsys.readouterr().err)
+    assert "temperature" in capsys.readouterr().err
