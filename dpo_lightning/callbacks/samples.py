@@ -46,7 +46,7 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = _read_prompts(prompts) if isinstance(prompts, str) else prompts
+        self.prompts = _texts(prompts) if isinstance(prompts, str) else prompts
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
