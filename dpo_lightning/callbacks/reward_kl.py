@@ -88,7 +88,8 @@ class TrackRewardKL(Callback):
         if self.reference is None and not _has_reference(pl_module):
             raise UsageError(
                 f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that scores "
-                "samples and stays as it is: name the folder of the policy that training begins with by its `reference`."
+                "samples and stays as it is: name the folder of the policy that training begins with by its "
+                "`reference`."
             )
         strategy = trainer.strategy
         if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
