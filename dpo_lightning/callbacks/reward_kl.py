@@ -87,8 +87,8 @@ class TrackRewardKL(Callback):
             return
         if self.reference is None and not _has_reference(pl_module):
             raise UsageError(
-                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that scores "
-                "samples and stays as it is: name the folder of the policy that training begins with by its "
+                f"TrackRewardKL measures the KL to a reference, and this {type(pl_module).__name__} has none that "
+                "scores samples and stays as it is: name the folder of the policy that training begins with by its "
                 "`reference`."
             )
         strategy = trainer.strategy
