@@ -26,9 +26,10 @@ from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references import Reference
 from dpo_lightning.resuming import KeepConfig, go_on, last_of
+from dpo_lightning.scorers import Scorer
 from dpo_lightning.tools import TOOLS, run_tool
 
-COMPONENTS = (PreferenceLoss, Reference, Source, Format, PolicyModule, LightningDataModule, Callback)
+COMPONENTS = (PreferenceLoss, Reference, Source, Format, Scorer, PolicyModule, LightningDataModule, Callback)
 # Callbacks that a command has unless they are given.
 ADDED: dict[str | None, tuple[type[Callback], ...]] = {
     "fit": (MemoryPlan, GracefulStop),

@@ -57,7 +57,7 @@ ALLOWED = {
     "resuming": {"checkpoints", "errors"},
     "cli": {
         *("callbacks", "checkpoints", "data", "explain", "inspection", "losses", "modules", "references"),
-        *("resuming", "tools", "errors"),
+        *("resuming", "scorers", "tools", "errors"),
     },
     "quickstart": {"cli", "generation"},
     "__main__": {"cli"},

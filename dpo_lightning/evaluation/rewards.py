@@ -18,6 +18,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
+from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.scorers import Prompt, Scorer
 
 SCORED_AT_ONCE = 64
@@ -118,19 +119,19 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
     continuations = sample(
         engine.model,
         engine.tokenizer,
-        [_text(prompt, row) for row, prompt in chunk for _ in range(count)],
+        [one.ids for one in tokenized(engine.tokenizer, chunk) for _ in range(count)],
         max_new_tokens=how.max_new_tokens,
         seed=how.seed_of(number),
         batch_size=how.batch_size,
+        ends=end_tokens(engine.tokenizer, chunk),
         generate=engine.generate,
     )
     ratios = log_ratios(engine.policy, engine.reference, continuations, engine.move)
-    end = engine.tokenizer.eos_token_id
     drawn = []
     for index, (row, prompt) in enumerate(chunk):
         own = slice(index * count, (index + 1) * count)
-        texts, ids = [c.text for c in continuations[own]], [c.ids for c in continuations[own]]
-        drawn.append(Drawn(row, prompt, texts, ratios[own], [*map(len, ids)], [one[-1:] == [end] for one in ids]))
+        texts, tokens = [c.text for c in continuations[own]], [len(c.ids) for c in continuations[own]]
+        drawn.append(Drawn(row, prompt, texts, ratios[own], tokens, [c.finished for c in continuations[own]]))
     return drawn
 
 
@@ -233,9 +234,3 @@ def _described(measured: Sequence[Measured]) -> dict[str, Any]:
 
 def _joined(lists: Iterable[Sequence[Any]]) -> list[Any]:
     return [item for items in lists for item in items]
-
-
-def _text(prompt: Prompt, row: int) -> str:
-    if not isinstance(prompt, str):
-        raise UsageError(f"Prompt {row} holds messages; evaluation of reward and KL takes prompts that are text.")
-    return prompt
