@@ -43,6 +43,7 @@ from dpo_lightning.losses import (
     SPPOHardLoss,
     TDPO1Loss,
     TDPO2Loss,
+    UnlikelihoodLoss,
     Weighted,
     WPOLoss,
 )
@@ -81,6 +82,7 @@ RECIPES = [
     (ORPOLoss(lambda_=0.3), PreferenceLoss),
     (CPOLoss(beta=0.3, alpha=0.3, length_normalized=False), PreferenceLoss),
     (NLLLoss(length_normalized=False), PreferenceLoss),
+    (UnlikelihoodLoss(alpha=0.3), PreferenceLoss),
     (
         MixedLoss(
             losses=[
