@@ -60,7 +60,10 @@ def start(experiment, monkeypatch, *arguments):
 
 def check(out, labels):
     prompts = [json.loads(line)["prompt"] for line in (out / "data/prompts.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line)["prompt"] for line in (out / "data/prompts_held_out.jsonl").read_text().splitlines()]
     assert len(prompts) == 12
+    assert len(held_out) == len(set(held_out)) == 6
+    assert not set(prompts) & set(held_out)
     points = list(csv.DictReader((out / "frontier.csv").open()))
     assert {(point["method"], point["label"]) for point in points} >= labels
     assert {point["step"] for point in points if point["method"] == "DPO"} == {"0", "1", "2"}
@@ -68,7 +71,7 @@ def check(out, labels):
     assert (out / "frontier.png").stat().st_size > 10_000
 
 
-LABELS = {("DPO", "beta 0.1"), ("Unlikelihood", "alpha 0.5"), ("Preferred-FT", ""), ("Best of N", "")}
+LABELS = {("DPO", "beta 0.1"), ("Unlikelihood", "alpha 0.5"), ("Preferred-FT", ""), ("Best of N", "N = 4")}
 
 
 def test_the_experiment_on_the_grammar_and_goes_on(experiment, monkeypatch, tmp_path):
@@ -107,7 +110,7 @@ def test_the_fitted_sentiment_by_hand(monkeypatch, tmp_path):
     fitted = {"token_pattern": r"(?u)\b\w\w+\b", "intercept": 0.0, "vocab": {"good": [2.0, 1.0], "bad": [1.0, -3.0]}}
     (tmp_path / "fitted.json.gz").write_bytes(gzip.compress(json.dumps(fitted).encode()))
     scorer = FittedSentiment(path=str(tmp_path / "fitted.json.gz"))
-    # One word has length 1 whatever its weight: sigma(1). Of good and bad, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) is -0.4472.
+    # A word alone has length 1 whatever its idf: sigma(1). Of both, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) is -0.4472.
     assert scorer.score(["", "Good ", "a "], ["good", "x bad", "film"]) == pytest.approx(
         [0.7311, 0.3900, 0.5], abs=1e-4
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import hypot
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_lightning.errors import UsageError
@@ -15,6 +16,7 @@ Scale = Literal["linear", "sqrt"]
 # Okabe and Ito's colours, told apart by the colour-blind; the yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 OF_BOUNDS = "#000000"
+APART = 26  # points between places whose names are written beside them
 MARKERS = "osD^vPX*<>"
 
 
@@ -41,6 +43,7 @@ def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
     axes.margins(x=0.09)  # room for the names of points at KL 0
     axes.set_xlabel("KL to the reference, nats a sample" + (" (square-root scale)" if scale == "sqrt" else ""))
     axes.set_ylabel("mean reward of samples")
+    _name_bounds(axes, points)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, borderaxespad=0,
@@ -59,15 +62,23 @@ def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
     bounds = sorted((point for point in points if point.kl_is_bound), key=lambda point: point.kl)
     if bounds:
         _draw_run(axes, bounds, f"{bounds[0].method} (KL: upper bound)", colour, "d", "--")
-        for point in bounds:
-            axes.annotate(point.label, (point.kl, point.reward), xytext=(-4, 4), fontsize=7,
-                          textcoords="offset points", ha="right", color=colour)  # fmt: skip
     runs = dict.fromkeys(point.label for point in points if not point.kl_is_bound)
     for index, label in enumerate(runs):
         own = [point for point in points if point.label == label and not point.kl_is_bound]
         own.sort(key=lambda point: -1 if point.step is None else point.step)
         name = f"{own[0].method} {label}".strip()
         _draw_run(axes, own, name, colour, MARKERS[index % len(MARKERS)], "-")
+
+
+def _name_bounds(axes: Any, points: Sequence[Point]) -> None:
+    """Names beside points, those of larger KL first, where they have room; the axes have their scale and limits."""
+    places: list[tuple[float, float]] = []
+    for point in sorted((point for point in points if point.kl_is_bound), key=lambda point: -point.kl):
+        x, y = axes.transData.transform((point.kl, point.reward))
+        if all(hypot(x - left, y - low) >= APART * axes.figure.dpi / 72 for left, low in places):
+            places.append((x, y))
+            axes.annotate(point.label, (point.kl, point.reward), xytext=(-4, 4), fontsize=7,
+                          textcoords="offset points", ha="right", color=OF_BOUNDS)  # fmt: skip
 
 
 def _draw_run(axes: Any, points: Sequence[Point], name: str, colour: str, marker: str, line: str) -> None:

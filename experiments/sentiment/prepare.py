@@ -13,6 +13,7 @@ import lzma
 import random
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,11 +33,10 @@ def grammar(out: Path, num_reviews: int, num_prompts: int, num_held_out: int) ->
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rng = random.Random(1)
     held_out = [beginning for beginning in beginnings() if is_held_out(beginning)]
-    new = [review(rng.choice(held_out), rng) for _ in range(500 + num_held_out)]
     write_texts(out / "reviews.jsonl", corpus(num_reviews, seed=2))
-    write_texts(out / "reviews_held_out.jsonl", new[:500])
-    write_prompts(out / "prompts.jsonl", corpus(num_prompts, seed=3), tokenizer, seed=4)
-    write_prompts(out / "prompts_held_out.jsonl", new[500:], tokenizer, seed=5)
+    write_texts(out / "reviews_held_out.jsonl", [review(rng.choice(held_out), rng) for _ in range(500)])
+    texts = list(corpus(2 * num_prompts + 5_000, seed=3))
+    write_prompts(out, texts, texts, tokenizer, num_prompts, num_held_out)
     save_blank(out / "blank", tokenizer, AutoConfig.from_pretrained(folder))
 
 
@@ -52,18 +52,14 @@ def imdb(folder: Path, out: Path, num_prompts: int, num_held_out: int) -> None:
     )  # fmt: skip
     write_texts(out / "reviews.jsonl", train)
     write_texts(out / "reviews_held_out.jsonl", test[:500])
-    write_prompts(out / "prompts.jsonl", train[:num_prompts], tokenizer, seed=4)
-    write_prompts(out / "prompts_held_out.jsonl", test[500 : 500 + num_held_out], tokenizer, seed=5)
+    write_prompts(out, train, test[500:], tokenizer, num_prompts, num_held_out)
     save_blank(out / "blank", tokenizer, config)
 
 
 def from_hub(model: str, out: Path, num_prompts: int = 25_000, num_held_out: int = 256) -> None:
     """Prefixes of the reviews on the hub."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    for name, split, count in (("prompts", "train", num_prompts), ("prompts_held_out", "test", num_held_out)):
-        texts = [row["text"] for row in HubDataset(name="stanfordnlp/imdb", split=split)]
-        random.Random(1).shuffle(texts)
-        write_prompts(out / f"{name}.jsonl", texts[:count], tokenizer, seed=4)
+    train, test = ([row["text"] for row in HubDataset(name="stanfordnlp/imdb", split=s)] for s in ("train", "test"))
+    write_prompts(out, train, test, AutoTokenizer.from_pretrained(model), num_prompts, num_held_out)
 
 
 def reviews(path: Path) -> Iterator[str]:
@@ -86,15 +82,26 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=END, eos_token=END)
 
 
-def write_prompts(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+def write_prompts(
+    out: Path,
+    train: Iterable[str],
+    held_out: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int,
+    num_held_out: int,
+) -> None:
+    """Prefixes to sample from, and others, each but once, to measure on; no prefix is in both files."""
+    seen = (text for text in prefixes(train, tokenizer, seed=4) if not is_held_out(text))
+    new = dict.fromkeys(text for text in prefixes(held_out, tokenizer, seed=5) if is_held_out(text))
+    write(out / "prompts.jsonl", ({"prompt": text} for text in islice(seen, num_prompts)))
+    write(out / "prompts_held_out.jsonl", ({"prompt": text} for text in islice(new, num_held_out)))
+
+
+def prefixes(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
     """The beginning of each text, 2 to 8 tokens of it."""
     rng = random.Random(seed)
-    write(path, ({"prompt": prefix(text, rng.randint(*PREFIX_TOKENS), tokenizer)} for text in texts))
-
-
-def prefix(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first tokens of a text."""
-    return str(tokenizer.decode(tokenizer(text)["input_ids"][:num_tokens]))
+    for text in texts:
+        yield str(tokenizer.decode(tokenizer(text)["input_ids"][: rng.randint(*PREFIX_TOKENS)]))
 
 
 def save_blank(folder: Path, tokenizer: PreTrainedTokenizerBase, config: GPT2Config) -> None:

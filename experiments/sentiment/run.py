@@ -34,7 +34,7 @@ ALPHAS = (0.05, 0.1, 0.5, 1)
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 GRAMMAR: dict[str, Any] = {
     "sft_lr": 3e-3, "sft_batch_size": 64, "sft_epochs": 1, "review_length": 128, "precision": "32-true",
-    "lr": 1e-4, "max_steps": 180, "every_n_steps": 15, "end_token": "true", "num_samples": 2, "max_new_tokens": 64,
+    "lr": 1e-4, "max_steps": 240, "every_n_steps": 30, "end_token": "true", "num_samples": 4, "max_new_tokens": 64,
 }  # fmt: skip
 IMDB: dict[str, Any] = {
     "sft_lr": 1e-3, "sft_batch_size": 64, "sft_epochs": 2, "review_length": 192, "precision": "bf16-mixed",
@@ -73,13 +73,13 @@ def stages(out: Path, imdb: Path | None) -> Iterator[Stage]:
         f"{out}/best_of_n.json", scorer=scorer, num_samples=max(BEST_OF), best_of=list(BEST_OF),
         max_new_tokens=values["max_new_tokens"], method="SFT",
     )  # fmt: skip
-    yield command("frontier", "frontier", str(out), f"{out}/frontier.png")
+    yield command("frontier", "frontier", str(out), f"{out}/frontier.png", scale="sqrt")
 
 
 def make_data(folder: Path, imdb: Path | None) -> None:
     """What is learnt from and what is continued."""
     if imdb is None:
-        prepare.grammar(folder, num_reviews=40_000, num_prompts=2_000, num_held_out=256)
+        prepare.grammar(folder, num_reviews=40_000, num_prompts=2_000, num_held_out=128)
     else:
         prepare.imdb(imdb, folder, num_prompts=2_500, num_held_out=256)
 
