@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
+from dpo_lightning.generation.prompts import Asked, end_tokens, tokenized
 from dpo_lightning.scorers import Prompt, Scorer
 
 SCORED_AT_ONCE = 64
@@ -38,6 +39,8 @@ class Engine(NamedTuple):
         policy: Gives the policy's log-probabilities of a batch.
         reference: Gives the reference's.
         move: Brings a batch to where both are.
+        chat: How prompts that are messages become text.
+        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
     """
 
     model: PreTrainedModel
@@ -46,6 +49,12 @@ class Engine(NamedTuple):
     policy: Score
     reference: Score
     move: Callable[[PreferenceBatch], PreferenceBatch]
+    chat: Chat | None = None
+    max_prompt_length: int | None = None
+
+    def asked(self, prompts: Sequence[Numbered]) -> list[Asked]:
+        """Prompts with the tokens that the policy is given of them."""
+        return tokenized(self.tokenizer, prompts, chat=self.chat, max_length=self.max_prompt_length)
 
 
 class Drawing(NamedTuple):
@@ -100,10 +109,17 @@ class Drawn(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Samples of a prompt and the reward of each."""
+    """Samples of a prompt.
+
+    Attributes:
+        drawn: The samples.
+        rewards: What each is worth.
+        chosen_by: By which numbers the best of N is chosen; the rewards where there are no others.
+    """
 
     drawn: Drawn
     rewards: list[float]
+    chosen_by: list[float] | None = None
 
 
 def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -> list[Drawn]:
@@ -119,11 +135,11 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
     continuations = sample(
         engine.model,
         engine.tokenizer,
-        [one.ids for one in tokenized(engine.tokenizer, chunk) for _ in range(count)],
+        [one.ids for one in engine.asked(chunk) for _ in range(count)],
         max_new_tokens=how.max_new_tokens,
         seed=how.seed_of(number),
         batch_size=how.batch_size,
-        ends=end_tokens(engine.tokenizer, chunk),
+        ends=end_tokens(engine.tokenizer, chunk, engine.chat),
         generate=engine.generate,
     )
     ratios = log_ratios(engine.policy, engine.reference, continuations, engine.move)
@@ -174,6 +190,8 @@ def log_ratios(
         reference: What gives the reference's.
         continuations: Samples of the policy.
         move: Brings a batch to where both are.
+        chat: How prompts that are messages become text.
+        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
     """
     ratios: list[float] = []
     for start in range(0, len(continuations), SCORED_AT_ONCE):
@@ -198,14 +216,16 @@ def point_of(measured: Sequence[Measured], **named: Any) -> Point:
 
 
 def best_of_n_point(measured: Sequence[Measured], n: int, method: str = BEST_OF_N) -> Point:
-    """What the best of n samples of the reference is worth, and the bound of its KL.
+    """What the best of n samples of the reference is worth by the rewards, and the bound of its KL.
 
     Args:
         measured: Prompts with at least n samples of the reference each.
         n: Number of samples.
         method: Name of the method.
     """
-    reward = clustered_mean([best_of_n(one.rewards, n) for one in measured], range(len(measured)))
+    reward = clustered_mean(
+        [best_of_n(one.chosen_by or one.rewards, n, one.rewards) for one in measured], range(len(measured))
+    )
     described = _described(measured)
     return Point(
         method=method,
