@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from dpo_lightning.data.auto import ALIASES, NUM_ROWS, choose
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
@@ -91,10 +91,11 @@ def _is_line(row: Any) -> bool:
 
 
 def _of_line(row: Any, where: str, number: int) -> Rating:
-    value = row.get("verdict", "missing") if isinstance(row, Mapping) else "missing"
-    if value is not None and not _is_share(value):
+    found: object = row.get("verdict", "missing") if isinstance(row, Mapping) else "missing"
+    value = found if _is_share(found) else None
+    if value is None and found is not None:
         raise UsageError(
-            f"{where}: 'verdict' must be 1, 0, 0.5 for a tie, a number between for a leaning, or null, got {value!r}."
+            f"{where}: 'verdict' must be 1, 0, 0.5 for a tie, a number between for a leaning, or null, got {found!r}."
         )
     first, second = (row.get(name) for name in ("first", "second"))
     prompt = row.get("prompt")
@@ -110,8 +111,8 @@ def _of_line(row: Any, where: str, number: int) -> Rating:
 
 
 def _of_data(shape: Format, row: Row, number: int) -> Iterator[Rating]:
-    sure = row.get("verdict") if isinstance(row, Mapping) else None
-    value = max(sure, 1 - sure) if _is_share(sure) else 1.0
+    sure: object = row.get("verdict") if isinstance(row, Mapping) else None
+    value: float = max(sure, 1 - sure) if _is_share(sure) else 1.0
     try:
         examples = shape.read(row)
     except UnusableRow as reason:
@@ -136,7 +137,7 @@ def _ordered(prompt: Any, first: str, second: str, value: float | None) -> tuple
     return name, value if value is None or not swapped else 1 - value
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
