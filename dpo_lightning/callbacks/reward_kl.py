@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
-from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of, rewarded
+from dpo_lightning.evaluation.reward_book import rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of
 from dpo_lightning.generation.prompts import read_prompts
 from dpo_lightning.journal import write_whole
 from dpo_lightning.models.shard import is_sharded

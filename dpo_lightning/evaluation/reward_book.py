@@ -1,15 +1,17 @@
-"""Rewards of samples that are kept apart from them, so that another scorer scores the same samples."""
+"""Rewards of samples, kept apart from them, so that another scorer scores the same samples."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dpo_lightning.evaluation.rewards import Drawn, Measured, rewarded
+from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.rewards import Drawn, Measured
 from dpo_lightning.journal import Journal
 from dpo_lightning.scorers import Scorer
 
@@ -65,6 +67,28 @@ class RewardBook:
     ) -> None:
         """Let others write to the file."""
         self._journal.close()
+
+
+def rewarded(scorer: Scorer, drawn: Sequence[Drawn]) -> list[Measured]:
+    """Samples with their rewards.
+
+    Raises:
+        UsageError: If the scorer gives what is no number a response.
+    """
+    prompts = [one.prompt for one in drawn for _ in one.responses]
+    rewards = scorer.score(prompts, [response for one in drawn for response in one.responses])
+    if len(rewards) != len(prompts):
+        raise UsageError(
+            f"{type(scorer).__name__} gave {len(rewards)} numbers for {len(prompts)} responses; it must give one each."
+        )
+    measured, start = [], 0
+    for one in drawn:
+        own = [float(reward) for reward in rewards[start : start + len(one.responses)]]
+        if not all(map(isfinite, own)):
+            raise UsageError(f"{type(scorer).__name__} gave a response to prompt {one.row} a reward that is no number.")
+        measured.append(Measured(one, own))
+        start += len(own)
+    return measured
 
 
 def _digest(mark: str, drawn: Drawn) -> str:

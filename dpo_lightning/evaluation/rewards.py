@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
 from dpo_lightning.generation.prompts import Asked, end_tokens, tokenized
-from dpo_lightning.scorers import Prompt, Scorer
+from dpo_lightning.scorers import Prompt
 
 SCORED_AT_ONCE = 64
 BEST_OF_N = "Best of N"
@@ -149,28 +148,6 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
         texts, tokens = [c.text for c in continuations[own]], [len(c.ids) for c in continuations[own]]
         drawn.append(Drawn(row, prompt, texts, ratios[own], tokens, [c.finished for c in continuations[own]]))
     return drawn
-
-
-def rewarded(scorer: Scorer, drawn: Sequence[Drawn]) -> list[Measured]:
-    """Samples with their rewards.
-
-    Raises:
-        UsageError: If the scorer gives what is no number a response.
-    """
-    prompts = [one.prompt for one in drawn for _ in one.responses]
-    rewards = scorer.score(prompts, _joined(one.responses for one in drawn))
-    if len(rewards) != len(prompts):
-        raise UsageError(
-            f"{type(scorer).__name__} gave {len(rewards)} numbers for {len(prompts)} responses; it must give one each."
-        )
-    measured, start = [], 0
-    for one in drawn:
-        own = [float(reward) for reward in rewards[start : start + len(one.responses)]]
-        if not all(map(isfinite, own)):
-            raise UsageError(f"{type(scorer).__name__} gave a response to prompt {one.row} a reward that is no number.")
-        measured.append(Measured(one, own))
-        start += len(own)
-    return measured
 
 
 @torch.no_grad()

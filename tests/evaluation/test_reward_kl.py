@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.reward_book import rewarded
 from dpo_lightning.evaluation.reward_kl import reward_kl
-from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of, rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of
 from dpo_lightning.generation import sample
 from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.models.policy import CausalPolicy
