@@ -12,6 +12,8 @@ from torchmetrics import Metric
 
 from dpo_lightning.batch import Logps
 
+Z95 = 1.959963984540054  # 0.975 quantile of the standard normal
+
 
 class PreferenceMetrics(Metric):
     """Loss, rewards, accuracies, margins and log-probabilities under the names that dashboards know.
@@ -166,14 +168,14 @@ class TokenMetrics(Metric):
         return {"loss": loss, "perplexity": loss.exp()}
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, count: float, z: float = Z95) -> tuple[float, float]:
     """Interval of a share that was found in so many trials, Wilson 1927; of 95 % unless told otherwise.
 
     Where trials may count one half, or are shares themselves, it is wider than need be.
 
     Args:
         share: What was found, between 0 and 1.
-        count: Number of trials.
+        count: Number of trials, or how many they are worth.
         z: Quantile of the normal distribution.
     """
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

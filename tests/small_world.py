@@ -15,12 +15,13 @@ LETTERS, END = "abc", 3
 
 @dataclass(frozen=True)
 class CountOfA(Scorer):
-    """Reward ``weight`` for each a, less 0.1 for each letter."""
+    """Reward ``weight`` for each a, less so much for each letter."""
 
     weight: float = 1.0
+    less: float = 0.1
 
     def score(self, prompts, responses):
-        return [self.weight * response.count("a") - 0.1 * len(response) for response in responses]
+        return [self.weight * response.count("a") - self.less * len(response) for response in responses]
 
 
 def write_model(folder: Path, seed: int, scale: float = 2.0) -> str:

@@ -49,7 +49,8 @@ ALLOWED = {
     "judges": {"data", "journal", "recipes", "scorers", "server", "errors"},
     "labelling": {"data", "generation", "journal", "judges", "recipes", "scorers", "errors"},
     "evaluation": {
-        *("batch", "data", "generation", "journal", "judges", "models", "recipes", "scorers", *FOUNDATION),
+        *("batch", "data", "generation", "journal", "judges", "metrics", "models", "recipes", "scorers"),
+        *FOUNDATION,
     },
     "explain": set(),
     "tools": {"explain"},

@@ -9,12 +9,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from small_runs import same
 from small_world import CountOfA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from dpo_lightning import SFTModule
 from dpo_lightning.callbacks import LogSamples, TrackRewardKL
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import TRACKED, read_points
 from dpo_lightning.evaluation.reward_kl import reward_kl
+from dpo_lightning.generation import sample
+from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.losses import SimPOLoss
 from dpo_lightning.references import Cached, Synced
 
@@ -70,6 +74,23 @@ def test_the_command_says_the_same_of_the_checkpoint(tiny_llama, tmp_path):
     tracked = read_points([str(tmp_path / TRACKED)])[-1]
     assert (point.reward, point.length_mean) == pytest.approx((tracked.reward, tracked.length_mean))
     assert (point.kl, point.kl_se) == pytest.approx((tracked.kl, tracked.kl_se), abs=1e-4)
+
+
+def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, monkeypatch):
+    given = []
+
+    def watched(model, tokenizer, prompts, **options):
+        given.append((prompts[0], options["ends"]))
+        return sample(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr("dpo_lightning.evaluation.rewards.sample", watched)
+    chat = Chat(template="package:data/templates/alpaca.jinja", texts=True)
+    source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9)
+    small_runs.fit(tmp_path, small_runs.module(tiny_llama), source, callbacks=[track()], max_steps=1)
+    tokenizer, asked = AutoTokenizer.from_pretrained(tiny_llama), [(1, PROMPTS[0])]
+    expected = tokenized(tokenizer, asked, chat=chat, max_length=9)[0].ids, end_tokens(tokenizer, asked, chat)
+    assert given[0] == expected
+    assert given[0][0] != tokenized(tokenizer, asked)[0].ids
 
 
 def test_training_does_not_notice(noisy_llama, tmp_path):

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
-from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of, rewarded
+from dpo_lightning.evaluation.reward_book import rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of
 from dpo_lightning.generation.prompts import read_prompts
 from dpo_lightning.journal import write_whole
 from dpo_lightning.models.shard import is_sharded
@@ -40,6 +41,7 @@ class TrackRewardKL(Callback):
     Logs `frontier/reward`, `frontier/kl` and more, and keeps a line a measurement in `frontier.jsonl` beside the logs,
     which `dpo-lightning frontier` draws. Samples are drawn at temperature 1 from the whole vocabulary. They are drawn
     before training, behind every validation or every n steps, and behind training; that changes nothing in training.
+    Prompts become text and are cut as the data module does it.
 
     Args:
         prompts: Held-out prompts, or the path of a file of rows with a column prompt.
@@ -148,6 +150,7 @@ class TrackRewardKL(Callback):
         """Samples of all prompts, of which ranks draw a share each if they have whole policies."""
         policy = module.policy
         assert policy is not None
+        tokenization = getattr(getattr(trainer, "datamodule", None), "tokenization", None)
         engine = Engine(
             policy.model,
             self._tokenizer,
@@ -155,6 +158,7 @@ class TrackRewardKL(Callback):
             module,
             self._score_by_reference,
             lambda batch: module.transfer_batch_to_device(batch, module.device, 0),
+            *(() if tokenization is None else (tokenization.chat, tokenization.max_prompt_length)),
         )
         chunks = list(enumerate(self.drawing.chunks(self.prompts)))
         alone = trainer.world_size == 1 or is_sharded(policy)

@@ -13,14 +13,15 @@ import numpy as np
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.statistics import agreement as agreement_of
 from dpo_lightning.evaluation.statistics import cohen_kappa, rate_interval
-from dpo_lightning.evaluation.verdicts import KINDS, Verdict, by_name, read_verdicts
+from dpo_lightning.evaluation.verdicts import KINDS, Rating, by_name, read_ratings
 from dpo_lightning.journal import write_whole
 
 
 def agreement(files: list[str], out: str, *, names: list[str] | None = None) -> Path:
     """Share of comparisons on which raters agree, for every two of them, with an interval and Cohen's kappa.
 
-    Two verdicts agree by 1 where they are the same, by one half where one of them is a tie, else by 0.
+    Two verdicts agree by 1 less how far apart they are: by 1 where they are the same, by one half where one of them is
+    a tie, by 0 where they are opposite.
 
     Args:
         files: A file a rater, two or more: verdicts that `evaluate win_rate` keeps, or preference data with labels.
@@ -38,9 +39,9 @@ def agreement(files: list[str], out: str, *, names: list[str] | None = None) -> 
         raise UsageError(
             f"Agreement is of two raters or more, with a name each; got {len(files)} files, names {called}."
         )
-    raters = dict(zip(called, [read_verdicts(path) for path in files], strict=True))
+    raters = dict(zip(called, [read_ratings(path) for path in files], strict=True))
     pairs = [{"raters": [a, b], **compare(raters[a], raters[b], (a, b))} for a, b in combinations(raters, 2)]
-    rates = {name: _shares(verdicts) for name, verdicts in raters.items()}
+    rates = {name: _shares(ratings) for name, ratings in raters.items()}
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": "agreement", "pairs": pairs, "raters": rates, "files": dict(zip(called, files, strict=True))}
@@ -49,11 +50,14 @@ def agreement(files: list[str], out: str, *, names: list[str] | None = None) -> 
     return target
 
 
-def compare(first: Sequence[Verdict], second: Sequence[Verdict], called: Sequence[str]) -> dict[str, Any]:
+def compare(first: Sequence[Rating], second: Sequence[Rating], called: Sequence[str]) -> dict[str, Any]:
     """How far two raters agree on the comparisons that both have a verdict of.
 
+    Without ties is the share on which both prefer the same response, among those on which both prefer one, however
+    slightly: 0.75 prefers the first.
+
     Args:
-        first: Verdicts of a rater.
+        first: Ratings of a rater.
         second: Those of another.
         called: Their names.
 
@@ -63,17 +67,18 @@ def compare(first: Sequence[Verdict], second: Sequence[Verdict], called: Sequenc
     kind = next((kind for kind in KINDS if all(kind in one.names for one in [*first, *second])), None)
     if kind is None:
         raise UsageError(f"{called[0]} and {called[1]} know comparisons by different things; give both texts, or rows.")
-    known = [by_name(list(verdicts), kind, name) for verdicts, name in zip((first, second), called, strict=True)]
+    known = [by_name(list(ratings), kind, name) for ratings, name in zip((first, second), called, strict=True)]
     common = [(known[0][name], known[1][name]) for name in known[0] if name in known[1]]
-    both = [(a.value, b.value, a.prompt) for a, b in common if a.value is not None and b.value is not None]
+    values = [(a.known_by(kind), b.known_by(kind), a.prompt) for a, b in common]
+    both = [(a, b, prompt) for a, b, prompt in values if a is not None and b is not None]
     if not both:
         raise UsageError(f"{called[0]} and {called[1]} have no comparison in common of which both have a verdict.")
     a, b, prompts = zip(*both, strict=True)
-    values = agreement_of(a, b)
-    decided = [float(x == y) for x, y in zip(a, b, strict=True) if 0.5 not in (x, y)]
+    agreed = agreement_of(a, b)
+    decided = [float((x > 0.5) == (y > 0.5)) for x, y in zip(a, b, strict=True) if 0.5 not in (x, y)]
     return {
-        "agreement": float(values.mean()),
-        "interval": list(rate_interval(values, prompts)),
+        "agreement": float(agreed.mean()),
+        "interval": list(rate_interval(agreed, prompts)),
         "kappa": cohen_kappa(a, b),
         "compared": len(both),
         "without_verdict": len(common) - len(both),
@@ -99,8 +104,8 @@ def table(names: Sequence[str], pairs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shares(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    values = [verdict.value for verdict in verdicts]
+def _shares(ratings: Sequence[Rating]) -> dict[str, Any]:
+    values = [rating.value for rating in ratings]
     known = [value for value in values if value is not None]
     return {"verdicts": len(known), "ties": sum(value == 0.5 for value in known), "none": len(values) - len(known)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ from lightning.fabric.utilities import move_data_to_device
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.files import Files
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point, write_points
+from dpo_lightning.evaluation.reward_book import RewardBook
 from dpo_lightning.evaluation.rewards import (
+    BEST_OF_N,
     Drawing,
     Drawn,
     Engine,
@@ -23,10 +28,9 @@ from dpo_lightning.evaluation.rewards import (
     best_of_n_point,
     draw,
     point_of,
-    rewarded,
 )
 from dpo_lightning.generation.loading import load
-from dpo_lightning.generation.prompts import read_prompts
+from dpo_lightning.generation.prompts import end_tokens, read_prompts
 from dpo_lightning.journal import Journal
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.policy import CausalPolicy
@@ -47,6 +51,10 @@ def reward_kl(
     num_samples: int = 4,
     max_new_tokens: int = 64,
     best_of: list[int] | None = None,
+    chooser: Scorer | None = None,
+    column: str | None = None,
+    max_prompt_length: int | None = None,
+    chat: Chat | None = None,
     method: str | None = None,
     label: str = "",
     step: int | None = None,
@@ -58,17 +66,24 @@ def reward_kl(
     """Mean reward of a policy's samples, and their KL to a reference, with standard errors.
 
     Samples are drawn at temperature 1 from the whole vocabulary: those of another distribution do not tell the KL.
-    They lie beside the result, and a run that was killed goes on with them.
+    They lie beside the result, their rewards in a file of their own: a run that was killed goes on with both, and
+    another scorer scores the same samples.
 
     Args:
         policy: Hugging Face folder, hub name or checkpoint of the policy.
         reference: That of the reference.
-        prompts: File of held-out prompts, in a column prompt.
+        prompts: File of held-out prompts.
         out: JSON file of the result.
         scorer: What gives a response its reward.
         num_samples: Samples a prompt.
         max_new_tokens: Most tokens of a sample.
         best_of: Numbers N, as in [1,2,4,8], for which the best of N samples of the reference is measured too.
+        chooser: What picks the best of N, such as a reward model, whose choice the scorer measures; by default the
+            scorer itself.
+        column: Column of the prompts, each text or messages; prompt unless named, or what a data module would take
+            for the prompt.
+        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
+        chat: How messages become text.
         method: What the policy was trained by, as in DPO: methods have colours in `frontier`; by default its folder.
         label: Which run of the method it is, as in "beta 0.1".
         step: Optimizer steps it was trained for.
@@ -87,13 +102,18 @@ def reward_kl(
     how.check()
     if any(n < 1 for n in best_of or ()):
         raise UsageError(f"`best_of` must be numbers of 1 or more, got {best_of}.")
-    asked, target = read_prompts(prompts), Path(out)
+    if chooser is not None and not best_of:
+        raise UsageError("`chooser` picks the best of N samples; say of how many by `best_of`, as in [1,2,4,8].")
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise UsageError(f"`max_prompt_length` must be 1 or more, got {max_prompt_length}.")
+    asked, target = read_prompts(prompts, column), Path(out)
     if target.suffix != ".json":
         raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
     settings = {
         "prompts": prompts,
         "prompts_fingerprint": Files(prompts).fingerprint(),
-        "scorer": to_plain(scorer),
+        "column": column,
+        "max_prompt_length": max_prompt_length,
         "temperature": 1.0,
     }
     models = _models(policy, reference, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -102,13 +122,21 @@ def reward_kl(
     passes = {policy: (most if same else how, target.with_suffix(".samples.jsonl"))}
     if best_of and not same:
         passes[reference] = (most, target.with_suffix(".reference.jsonl"))
-    found = []
+    weights = {name: fingerprint(model) for name, (model, _) in models.items()}
+    found: list[list[Measured]] = []
     for name, (drawing, path) in passes.items():
-        known = {**settings, "policy": name, "reference": reference}
-        found.append(_measure(models[name], models[reference], asked, drawing, scorer, path, known, overwrite))
+        engine = _engine(models[name], models[reference][0], chat, max_prompt_length)
+        known = {**settings, "policy": name, "reference": reference, **drawing._asdict()}
+        known |= {"weights_of_policy": weights[name], "weights_of_reference": weights[reference]}
+        known |= {"prompt_tokens": _digest(engine, asked)}
+        picked_by = chooser if len(found) == len(passes) - 1 else None  # the last samples are those of best of N
+        found.append(_measure(engine, asked, drawing, scorer, picked_by, path, known, overwrite))
     named = {"method": method or Path(policy).name, "label": label, "step": step}
-    points = [point_of(found[0], **named), *(best_of_n_point(found[-1], n) for n in sorted(set(best_of or [])))]
-    write_points(target, points, {**settings, "policy": policy, "reference": reference, **how._asdict()})
+    picked = BEST_OF_N if chooser is None else f"{BEST_OF_N} by {type(chooser).__name__}"
+    points = [point_of(found[0], **named), *(best_of_n_point(found[-1], n, picked) for n in sorted(set(best_of or [])))]
+    models_and_scorers = {"policy": policy, "reference": reference, "scorer": to_plain(scorer)}
+    asked_how = {"chooser": to_plain(chooser), "chat": to_plain(chat), **how._asdict()}
+    write_points(target, points, {**settings, **models_and_scorers, **asked_how})
     print("\n".join(map(in_words, points)))
     return [target, *(path for _, path in passes.values())]
 
@@ -143,38 +171,51 @@ def _load(path: str, device: torch.device) -> Model:
     return CausalPolicy(model, layout).to(device).eval(), tokenizer
 
 
+def _engine(model: Model, reference: CausalPolicy, chat: Chat | None, max_prompt_length: int | None) -> Engine:
+    policy, tokenizer = model
+    device = next(policy.parameters()).device
+    return Engine(
+        policy.model,
+        tokenizer,
+        policy.generate,
+        policy,
+        reference,
+        lambda batch: move_data_to_device(batch, device),
+        chat,
+        max_prompt_length,
+    )
+
+
+def _digest(engine: Engine, prompts: Sequence[Numbered]) -> str:
+    """Changes whenever what the policy is given does, or what ends its answers."""
+    given = [[one.ids for one in engine.asked(prompts)], end_tokens(engine.tokenizer, prompts, engine.chat)]
+    return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
+
+
 def _measure(
-    model: Model,
-    reference: Model,
+    engine: Engine,
     prompts: Sequence[Numbered],
     how: Drawing,
     scorer: Scorer,
+    chooser: Scorer | None,
     path: Path,
     settings: dict[str, Any],
     overwrite: bool,
 ) -> list[Measured]:
     """Measurements of all prompts: those of an earlier run, and the rest now."""
-    policy, tokenizer = model
-    device = next(policy.parameters()).device
-    engine = Engine(
-        policy.model, tokenizer, policy.generate, policy, reference[0], lambda batch: move_data_to_device(batch, device)
-    )
-    weights = {"weights_of_policy": fingerprint(policy), "weights_of_reference": fingerprint(reference[0])}
-    with Journal(path, {**settings, **how._asdict(), **weights}, overwrite) as journal:
-        known = {row["row"]: _measured(row) for row in journal.rows}
+    measured: list[Measured] = []
+    rewards = path.with_suffix(".rewards.jsonl")
+    with Journal(path, settings, overwrite) as journal, RewardBook(rewards, overwrite) as book:
+        known = {row["row"]: Drawn(*(row[name] for name in Drawn._fields)) for row in journal.rows}
         for number, chunk in _shown(how.chunks(prompts), path):
             missing = [row for row, _ in chunk if row not in known]
             if missing:
-                new = rewarded(scorer, draw(engine, how, chunk, number))
-                new = [one for one in new if one.drawn.row in missing]
-                journal.append({**one.drawn._asdict(), "rewards": one.rewards} for one in new)
-                known |= {one.drawn.row: one for one in new}
-    return [known[row] for row, _ in prompts]
+                new = [one for one in draw(engine, how, chunk, number) if one.row in missing]
+                journal.append(one._asdict() for one in new)
+                known |= {one.row: one for one in new}
+            measured += book.measured([known[row] for row, _ in chunk], scorer, chooser)
+    return measured
 
 
 def _shown(chunks: list[Sequence[Numbered]], path: Path) -> Iterator[tuple[int, Sequence[Numbered]]]:
     return enumerate(tqdm(chunks, desc=path.name, disable=None))
-
-
-def _measured(row: dict[str, Any]) -> Measured:
-    return Measured(Drawn(*(row[name] for name in Drawn._fields)), row["rewards"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +11,15 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.batch import Logps, PreferenceBatch
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
-from dpo_lightning.scorers import Prompt, Scorer
+from dpo_lightning.generation.prompts import Asked, end_tokens, tokenized
+from dpo_lightning.scorers import Prompt
 
 SCORED_AT_ONCE = 64
 BEST_OF_N = "Best of N"
@@ -38,6 +38,8 @@ class Engine(NamedTuple):
         policy: Gives the policy's log-probabilities of a batch.
         reference: Gives the reference's.
         move: Brings a batch to where both are.
+        chat: How prompts that are messages become text.
+        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,12 @@ class Engine(NamedTuple):
     policy: Score
     reference: Score
     move: Callable[[PreferenceBatch], PreferenceBatch]
+    chat: Chat | None = None
+    max_prompt_length: int | None = None
+
+    def asked(self, prompts: Sequence[Numbered]) -> list[Asked]:
+        """Prompts with the tokens that the policy is given of them."""
+        return tokenized(self.tokenizer, prompts, chat=self.chat, max_length=self.max_prompt_length)
 
 
 class Drawing(NamedTuple):
@@ -100,10 +108,17 @@ class Drawn(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Samples of a prompt and the reward of each."""
+    """Samples of a prompt.
+
+    Attributes:
+        drawn: The samples.
+        rewards: What each is worth.
+        chosen_by: By which numbers the best of N is chosen; the rewards where there are no others.
+    """
 
     drawn: Drawn
     rewards: list[float]
+    chosen_by: list[float] | None = None
 
 
 def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -> list[Drawn]:
@@ -119,11 +134,11 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
     continuations = sample(
         engine.model,
         engine.tokenizer,
-        [one.ids for one in tokenized(engine.tokenizer, chunk) for _ in range(count)],
+        [one.ids for one in engine.asked(chunk) for _ in range(count)],
         max_new_tokens=how.max_new_tokens,
         seed=how.seed_of(number),
         batch_size=how.batch_size,
-        ends=end_tokens(engine.tokenizer, chunk),
+        ends=end_tokens(engine.tokenizer, chunk, engine.chat),
         generate=engine.generate,
     )
     ratios = log_ratios(engine.policy, engine.reference, continuations, engine.move)
@@ -133,28 +148,6 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
         texts, tokens = [c.text for c in continuations[own]], [len(c.ids) for c in continuations[own]]
         drawn.append(Drawn(row, prompt, texts, ratios[own], tokens, [c.finished for c in continuations[own]]))
     return drawn
-
-
-def rewarded(scorer: Scorer, drawn: Sequence[Drawn]) -> list[Measured]:
-    """Samples with their rewards.
-
-    Raises:
-        UsageError: If the scorer gives what is no number a response.
-    """
-    prompts = [one.prompt for one in drawn for _ in one.responses]
-    rewards = scorer.score(prompts, _joined(one.responses for one in drawn))
-    if len(rewards) != len(prompts):
-        raise UsageError(
-            f"{type(scorer).__name__} gave {len(rewards)} numbers for {len(prompts)} responses; it must give one each."
-        )
-    measured, start = [], 0
-    for one in drawn:
-        own = [float(reward) for reward in rewards[start : start + len(one.responses)]]
-        if not all(map(isfinite, own)):
-            raise UsageError(f"{type(scorer).__name__} gave a response to prompt {one.row} a reward that is no number.")
-        measured.append(Measured(one, own))
-        start += len(own)
-    return measured
 
 
 @torch.no_grad()
@@ -174,6 +167,8 @@ def log_ratios(
         reference: What gives the reference's.
         continuations: Samples of the policy.
         move: Brings a batch to where both are.
+        chat: How prompts that are messages become text.
+        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
     """
     ratios: list[float] = []
     for start in range(0, len(continuations), SCORED_AT_ONCE):
@@ -198,14 +193,16 @@ def point_of(measured: Sequence[Measured], **named: Any) -> Point:
 
 
 def best_of_n_point(measured: Sequence[Measured], n: int, method: str = BEST_OF_N) -> Point:
-    """What the best of n samples of the reference is worth, and the bound of its KL.
+    """What the best of n samples of the reference is worth by the rewards, and the bound of its KL.
 
     Args:
         measured: Prompts with at least n samples of the reference each.
         n: Number of samples.
         method: Name of the method.
     """
-    reward = clustered_mean([best_of_n(one.rewards, n) for one in measured], range(len(measured)))
+    reward = clustered_mean(
+        [best_of_n(one.chosen_by or one.rewards, n, one.rewards) for one in measured], range(len(measured))
+    )
     described = _described(measured)
     return Point(
         method=method,

@@ -1,15 +1,15 @@
-"""Estimates and their uncertainty where several measurements belong to one prompt. NumPy alone."""
+"""Estimates and their uncertainty where several measurements belong to one prompt, of NumPy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from math import comb, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Z95 = 1.959963984540054  # 0.975 quantile of the standard normal
+from dpo_lightning.metrics import wilson_interval
 
 
 class Estimate(NamedTuple):
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def clustered_mean(values: ArrayLike, groups: ArrayLike) -> Estimate:
+def clustered_mean(values: ArrayLike, groups: Iterable[Hashable]) -> Estimate:
     r"""Mean with a standard error that holds where measurements of one group are alike.
 
     .. math:: SE^2 = \frac{G}{G - 1} \frac{1}{n^2} \sum_g \Big( \sum_{i \in g} (v_i - \bar v) \Big)^2
@@ -50,7 +50,7 @@ def clustered_mean(values: ArrayLike, groups: ArrayLike) -> Estimate:
     return Estimate(float(value.mean()), sqrt(count / (count - 1) * float(sums @ sums)) / len(value))
 
 
-def rate_interval(values: ArrayLike, groups: ArrayLike) -> Interval:
+def rate_interval(values: ArrayLike, groups: Iterable[Hashable]) -> Interval:
     r"""95 % interval of a rate whose measurements are 1, 0, or between for ties; it stays within [0, 1].
 
     Wilson 1927 with an effective number of measurements :math:`n' = n / d` (Dean and Pagano 2015), where the design
@@ -71,28 +71,32 @@ def rate_interval(values: ArrayLike, groups: ArrayLike) -> Interval:
         effective = size / max(1.0, count / (count - 1) * float(sums @ sums) / (size / (size - 1) * spread))
     else:
         effective = count
-    z2 = Z95**2 / effective
-    middle, half = rate + z2 / 2, sqrt(z2 * rate * (1 - rate) + z2**2 / 4)
-    return Interval(max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2)))
+    low, high = wilson_interval(rate, effective)
+    return Interval(max(0.0, low), min(1.0, high))
 
 
-def best_of_n(scores: Sequence[float], n: int) -> float:
-    r"""Expected highest score among n of K samples drawn without putting back: unbiased for n fresh samples.
+def best_of_n(scores: Sequence[float], n: int, measured: Sequence[float] | None = None) -> float:
+    r"""What the sample of the highest score is worth among n of K, the mean over all choices of n of them.
 
-    .. math:: \sum_{i=n}^{K} s_{(i)} \binom{i - 1}{n - 1} \Big/ \binom{K}{n}
+    .. math:: \sum_{i=n}^{K} r_{(i)} \binom{i - 1}{n - 1} \Big/ \binom{K}{n}
 
-    with scores sorted upwards: the i-th is the highest of so many of the :math:`\binom{K}{n}` subsets. It is the
-    estimator of Nakano et al. 2021 (arXiv:2112.09332, appendix I).
+    with samples sorted upwards by score: the i-th is the highest of so many of the :math:`\binom{K}{n}` subsets.
+    Samples of one score share what falls to them evenly. It is unbiased for n fresh samples, the estimator of Nakano et
+    al. 2021 (arXiv:2112.09332, appendix I).
 
     Args:
-        scores: Of the K samples of a prompt.
+        scores: Of the K samples of a prompt, by which the best is chosen.
         n: Number of samples among which the best is taken, 1 to K.
+        measured: What each sample is worth; its score unless given.
     """
     assert 1 <= n <= len(scores)
+    worth = np.asarray(scores if measured is None else measured, dtype=float)
     total = comb(len(scores), n)
     # Exact integers first: the coefficients of hundreds of samples are beyond float64.
-    weights = [comb(i - 1, n - 1) / total for i in range(n, len(scores) + 1)]
-    return float(np.dot(weights, np.sort(np.asarray(scores, dtype=float))[n - 1 :]))
+    weights = [comb(i - 1, n - 1) / total for i in range(1, len(scores) + 1)]
+    _, start, place, alike = np.unique(np.sort(scores), return_index=True, return_inverse=True, return_counts=True)
+    shared = np.add.reduceat(weights, start) / alike
+    return float(np.dot(shared[place], worth[np.argsort(scores)]))
 
 
 def best_of_n_kl(n: int) -> float:
@@ -104,10 +108,12 @@ def best_of_n_kl(n: int) -> float:
 
 
 def agreement(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
-    """How far two raters agree on each comparison: 1 the same verdict, 0 the opposite, one half where one ties.
+    """How far two raters agree on each comparison, 1 less the distance of their verdicts.
+
+    That is 1 for the same verdict, 0 for the opposite, one half where one of them ties.
 
     Args:
-        first: Verdicts 1, 0 or 0.5 of a rater, shape ``(n,)``.
+        first: Verdicts of a rater between 0 and 1, one half a tie, shape ``(n,)``.
         second: Those of another, same shape.
     """
     return 1 - np.abs(np.asarray(first, dtype=float) - np.asarray(second, dtype=float))
@@ -116,20 +122,32 @@ def agreement(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
 def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
     r"""Agreement beyond chance, :math:`(p_o - p_e) / (1 - p_e)`, with :func:`agreement` as the weights.
 
-    That is Cohen's kappa with linear weights (Cohen 1968) over the ordered verdicts 0, 0.5, 1; without ties his
-    plain kappa (1960). None where chance alone agrees always, as both raters say the same of everything.
+    That is Cohen's kappa with linear weights (Cohen 1968) over verdicts between 0 and 1, such as 0, 0.5, 1 or the
+    quarters that a judge asked in both orders gives; where none is but 0 and 1 his plain kappa (1960). None where
+    chance alone agrees always, as both raters say the same of everything.
 
     Args:
-        first: Verdicts 1, 0 or 0.5 of a rater, shape ``(n,)``.
+        first: Verdicts of a rater between 0 and 1, one half a tie, shape ``(n,)``.
         second: Those of another, same shape.
     """
     observed = float(agreement(first, second).mean())
-    by_chance = float(agreement(np.asarray(first, dtype=float)[:, None], np.asarray(second, dtype=float)).mean())
+    by_chance = 1 - _distance(np.sort(np.asarray(first, dtype=float)), np.sort(np.asarray(second, dtype=float)))
     return None if by_chance == 1 else (observed - by_chance) / (1 - by_chance)
 
 
-def _deviations(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    r"""Mean distance of all values of one from all of another, both sorted.
+
+    It is :math:`\int F (1 - G) + G (1 - F)` of their distribution functions, which change at their values alone.
+    """
+    values = np.unique(np.concatenate([first, second]))
+    f, g = (np.searchsorted(one, values[:-1], side="right") / len(one) for one in (first, second))
+    return float((np.diff(values) * (f * (1 - g) + g * (1 - f))).sum())
+
+
+def _deviations(values: ArrayLike, groups: Iterable[Hashable]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Values, and the sum over each group of their deviations from the mean."""
     value = np.asarray(values, dtype=float)
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    codes: dict[Hashable, int] = {}
+    index = [codes.setdefault(group, len(codes)) for group in groups]
     return value, np.bincount(index, weights=value - value.mean()).astype(np.float64)

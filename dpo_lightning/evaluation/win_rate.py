@@ -13,6 +13,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.sides import Matched, match, read_side
 from dpo_lightning.evaluation.statistics import rate_interval
+from dpo_lightning.evaluation.verdicts import prompt_name
 from dpo_lightning.journal import SETTINGS, write_whole
 from dpo_lightning.judges import Comparison, Judge
 from dpo_lightning.recipes import to_plain
@@ -92,9 +93,9 @@ def summary(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> dic
     alike = [(one, verdict) for one, verdict in read if _likeness(one) >= LIKE]
     return {
         "win_rate": _mean(values),
-        "interval": list(rate_interval(values, [one.row for one, _ in read])) if read else None,
+        "interval": _interval(read),
         "compared": len(read),
-        "prompts": len({one.row for one, _ in read}),
+        "prompts": len({prompt_name(one.prompt) for one, _ in read}),
         "wins": sum(value > 0.5 for value in values),
         "ties": sum(value == 0.5 for value in values),
         "losses": sum(value < 0.5 for value in values),
@@ -108,7 +109,7 @@ def summary(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> dic
         },
         "of_like_length": {
             "win_rate": _mean([verdict for _, verdict in alike]),
-            "interval": list(rate_interval([v for _, v in alike], [one.row for one, _ in alike])) if alike else None,
+            "interval": _interval(alike),
             "compared": len(alike),
         },
     }
@@ -134,6 +135,13 @@ def _within(row: dict[str, Any]) -> str:
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def _interval(read: Sequence[tuple[Matched, float]]) -> list[float] | None:
+    """Interval of a rate; comparisons of one prompt are alike, in whichever rows it stands."""
+    if not read:
+        return None
+    return list(rate_interval([verdict for _, verdict in read], [prompt_name(one.prompt) for one, _ in read]))
 
 
 def _likeness(one: Matched) -> float:

@@ -5,7 +5,7 @@ import pytest
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.agreement import agreement
 from dpo_lightning.evaluation.statistics import rate_interval
-from dpo_lightning.evaluation.verdicts import read_verdicts
+from dpo_lightning.evaluation.verdicts import read_ratings
 from dpo_lightning.tools import run_tool
 
 
@@ -67,7 +67,7 @@ def test_pairs_of_chosen_and_rejected_are_verdicts_too(tmp_path):
     pairs = lines(tmp_path / "pairs.jsonl", [{"prompt": "one", "chosen": "b", "rejected": "a"}])
     judge = lines(tmp_path / "judge.jsonl", [{"prompt": "one", "first": "a", "second": "b", "verdict": 0}])
     assert run(tmp_path, pairs, judge)["pairs"][0]["agreement"] == 1
-    assert [verdict.value for verdict in read_verdicts(pairs)] == [0]  # of "a" and "b", in this order
+    assert [(one.value, one.by_text) for one in read_ratings(pairs)] == [(1, 0)]  # of "a" and "b" in this order
 
 
 def test_several_samples_of_a_prompt_are_told_apart_by_their_texts(tmp_path):
@@ -78,6 +78,44 @@ def test_several_samples_of_a_prompt_are_told_apart_by_their_texts(tmp_path):
         **{"not_in_both": 0, "without_ties": {"agreement": 1.0, "compared": 2}},
         "interval": list(rate_interval([1, 1], [0, 0])),
     }
+
+
+def test_pairs_and_comparisons_that_a_judge_labelled_are_labels_with_texts(tmp_path):
+    def pair(prompt, chosen, rejected, verdict=1.0):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": 1, "verdict": verdict}
+
+    a = lines(tmp_path / "a.jsonl", [pair("one", "x", "y"), pair("one", "x", "z"), pair("two", "p", "q", 0.75)])
+    b = lines(tmp_path / "b.jsonl", [pair("one", "y", "x"), pair("one", "z", "x"), pair("two", "p", "q")])
+    (found,) = run(tmp_path, a, b)["pairs"]
+    assert (found["agreement"], found["compared"]) == (pytest.approx(0.75 / 3), 3)
+    assert found["without_ties"] == {"agreement": pytest.approx(1 / 3), "compared": 3}
+
+    def comparison(first, second, verdict):
+        word = "tie" if verdict == 0.5 else "output_1" if verdict > 0.5 else "output_2"
+        texts = {"output_1": first, "output_2": second}
+        return {"prompt": "one", "label": word, "row": 1, "verdict": verdict, **texts}
+
+    c = lines(tmp_path / "c.jsonl", [comparison("y", "x", 0.25), comparison("x", "z", 0.5), comparison("y", "z", 1.0)])
+    (found,) = run(tmp_path, a, c)["pairs"]  # x over y by 0.75, x and z tie
+    assert (found["agreement"], found["compared"], found["not_in_both"]) == (pytest.approx((0.75 + 0.5) / 2), 2, 2)
+    assert [(one.value, one.by_text) for one in read_ratings(c)] == [(0.25, 0.75), (0.5, 0.5), (1.0, 1.0)]
+
+
+def test_a_rater_known_by_rows_alone_is_held_against_the_order_of_the_file(tmp_path):
+    rows = [("b", "a", 1), ("a", "b", 2), ("b", "a", 2)]
+    people = [{"prompt": f"p{i}", "output_1": x, "output_2": y, "label": z} for i, (x, y, z) in enumerate(rows)]
+    texts = [{"row": 1, "prompt": "p", "first": "b", "second": "a", "verdict": 1}]
+    by = by_row(tmp_path / "judge.jsonl", [1, 0, 0])
+    for rater, compared in ((people, 3), (texts, 1)):
+        (found,) = run(tmp_path, by, lines(tmp_path / "people.jsonl", rater))["pairs"]
+        assert (found["agreement"], found["compared"]) == (1.0, compared)
+
+
+def test_quarters_lean_to_a_response(tmp_path):
+    a, b = by_row(tmp_path / "a.jsonl", [0.75, 0.25, 0.75, 0.5]), by_row(tmp_path / "b.jsonl", [1, 0.75, 0.75, 0.75])
+    (pair,) = run(tmp_path, a, b)["pairs"]
+    assert pair["agreement"] == pytest.approx((0.75 + 0.5 + 1 + 0.75) / 4)
+    assert pair["without_ties"] == {"agreement": pytest.approx(2 / 3), "compared": 3}
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,22 @@
 import json
 import math
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from small_world import CountOfA, distribution, text, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.reward_book import rewarded
 from dpo_lightning.evaluation.reward_kl import reward_kl
-from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of, rewarded
+from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of
+from dpo_lightning.generation import sample
+from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.models.policy import CausalPolicy
+from dpo_lightning.scorers import Function, Scorer
 from dpo_lightning.tools import run_tool
 
 LENGTH = 3
@@ -43,6 +50,10 @@ def exact(models, prompt):
 
 def points_of(path):
     return json.loads(path.read_text())["points"]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_estimates_are_those_of_the_whole_distribution_and_errors_are_right(models):
@@ -79,19 +90,23 @@ def test_a_policy_that_is_its_reference_has_no_kl_and_its_samples_serve_best_of_
     assert (own["kl"], own["kl_se"], own["samples"], own["method"]) == (0.0, 0.0, 60 * 8, "reference")
     assert (one["reward"], one["reward_se"]) == pytest.approx((own["reward"], own["reward_se"]))
     assert eight["reward"] > one["reward"]
-    rows = [json.loads(line) for line in written[1].read_text().splitlines()]
-    assert eight["reward"] == pytest.approx(np.mean([max(row["rewards"]) for row in rows]))
+    rewards = [row["rewards"] for row in rows_of(tmp_path / "same.samples.rewards.jsonl")]
+    assert eight["reward"] == pytest.approx(np.mean(list(map(max, rewards))))
+    assert [len(row["responses"]) for row in rows_of(written[1])] == [8] * 60
 
 
 def test_figures_are_those_of_the_rows_beside(models, prompts, tmp_path):
     out = tmp_path / "out.json"
     _, samples = reward_kl(*models, prompts, str(out), scorer=CountOfA(weight=2), num_samples=3, max_new_tokens=LENGTH,
                            method="DPO", label="beta 0.1", step=40)  # fmt: skip
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    rows = rows_of(samples)
     (point,) = points_of(out)
     assert [row["row"] for row in rows] == list(range(1, 61))
     assert (point["method"], point["label"], point["step"], point["samples"]) == ("DPO", "beta 0.1", 40, 180)
-    means = [np.mean(row["rewards"]) for row in rows]
+    rewards = rows_of(tmp_path / "out.samples.rewards.jsonl")
+    assert [row["row"] for row in rewards] == list(range(1, 61))
+    assert rewards[7]["rewards"] == CountOfA(weight=2).score([], rows[7]["responses"])
+    means = [np.mean(row["rewards"]) for row in rewards]
     assert point["reward"] == pytest.approx(np.mean(means))
     assert point["reward_se"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(60))
     assert point["prompt_reward_sd"] == pytest.approx(np.std(means, ddof=1))
@@ -123,6 +138,73 @@ def test_a_killed_run_goes_on_with_the_same_samples(models, prompts, tmp_path):
     assert points_of(killed)[0]["reward"] == points_of(whole)[0]["reward"]
 
 
+def test_another_scorer_scores_the_same_samples_anew(models, prompts, tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text("def score(response):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out, how = tmp_path / "out.json", {"num_samples": 2, "max_new_tokens": LENGTH}
+
+    def measured(scorer):
+        reward_kl(*models, prompts, str(out), scorer=scorer, **how)
+        return points_of(out)[0]["reward"]
+
+    assert measured(Function(path="my_reward.score")) == 1
+    (tmp_path / "my_reward.py").write_text("def score(response):\n    return 20.0\n")
+    monkeypatch.delitem(sys.modules, "my_reward")
+    monkeypatch.setattr("dpo_lightning.evaluation.reward_kl.draw", None)  # nothing is drawn any more
+    assert measured(Function(path="my_reward.score")) == 20
+    responses = [text for row in rows_of(tmp_path / "out.samples.jsonl") for text in row["responses"]]
+    assert measured(CountOfA(2)) == pytest.approx(np.mean(CountOfA(2).score([], responses)))
+
+
+def test_settings_that_change_no_reward_do_not_score_anew(models, prompts, tmp_path):
+    out, how = tmp_path / "out.json", {"num_samples": 1, "max_new_tokens": LENGTH}
+    reward_kl(*models, prompts, str(out), scorer=Batched(2), **how)
+    first = points_of(out)
+    reward_kl(*models, prompts, str(out), scorer=Batched(0), **how)  # which would fail if it were asked
+    assert points_of(out) == first
+
+
+def test_the_best_that_another_scorer_picks_is_measured_by_the_scorer(models, prompts, tmp_path):
+    def found(name, **options):
+        out = tmp_path / f"{name}.json"
+        reward_kl(*models, prompts, str(out), scorer=CountOfA(), best_of=[1, 4], max_new_tokens=LENGTH, **options)
+        return points_of(out)
+
+    policy, one, four = found("own")
+    assert four["reward"] > one["reward"]
+    assert found("same", chooser=CountOfA(2, less=0.2))[2]["reward"] == pytest.approx(four["reward"])
+    policy_too, same, worst = found("worst", chooser=CountOfA(-1, less=-0.1))
+    assert policy_too == policy
+    assert (same["reward"], worst["method"]) == (pytest.approx(one["reward"]), "Best of N by CountOfA")
+    rows = [row["rewards"] for row in rows_of(tmp_path / "own.reference.rewards.jsonl")]
+    assert worst["reward"] == pytest.approx(np.mean(list(map(min, rows))))
+    with pytest.raises(UsageError, match="say of how many by `best_of`"):
+        reward_kl(*models, prompts, str(tmp_path / "none.json"), scorer=CountOfA(), chooser=CountOfA())
+
+
+def test_prompts_become_text_as_they_are_asked_for(tiny_llama, tmp_path, monkeypatch):
+    """The model is given what `dpo-lightning sample` would give it."""
+    path, given = tmp_path / "prompts.jsonl", []
+    path.write_text(json.dumps({"question": "a b c d e f"}) + "\n")
+    chat = Chat(template="package:data/templates/alpaca.jinja", texts=True)
+
+    def watched(model, tokenizer, prompts, **options):
+        given.append((prompts, options["ends"]))
+        return sample(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr("dpo_lightning.evaluation.rewards.sample", watched)
+    how = {"scorer": CountOfA(), "num_samples": 1, "max_new_tokens": 2, "column": "question"}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    asked = [(1, "a b c d e f")]
+    for number, options in enumerate([{}, {"chat": chat}, {"max_prompt_length": 3}]):
+        reward_kl(tiny_llama, tiny_llama, str(path), str(tmp_path / f"{number}.json"), **how, **options)
+        expected = tokenized(tokenizer, asked, chat=options.get("chat"), max_length=options.get("max_prompt_length"))
+        assert given[-1] == ([expected[0].ids], end_tokens(tokenizer, asked, options.get("chat")))
+    assert len({tuple(prompts[0]) for prompts, _ in given}) == 3
+    with pytest.raises(UsageError, match=r"0\.samples\.jsonl was begun with prompt_tokens"):
+        reward_kl(tiny_llama, tiny_llama, str(path), str(tmp_path / "0.json"), **how, chat=chat)
+
+
 def test_samples_of_other_weights_are_not_taken_up(models, prompts, tmp_path):
     policy = write_model(tmp_path / "model", 3)
     out = str(tmp_path / "out.json")
@@ -151,6 +233,15 @@ def test_models_of_different_tokens_are_refused(models, tiny_llama, prompts, tmp
         reward_kl(models[0], tiny_llama, prompts, str(tmp_path / "out.json"), scorer=CountOfA())
 
 
+@dataclass(frozen=True)
+class Batched(Scorer):
+    batch_size: int
+    ASIDE = ("batch_size",)
+
+    def score(self, prompts, responses):
+        return [len(response) / min(1, self.batch_size) for response in responses]
+
+
 class Broken(CountOfA):
     def score(self, prompts, responses):
         return [float("nan")] * len(responses) if self.weight else [1.0]
@@ -171,7 +262,7 @@ def test_from_the_command_line(models, prompts, tmp_path, capsys):
     assert f"Written: {out}" in printed
     assert "Best of N, N = 2" in printed
     assert [point["method"] for point in points_of(out)] == ["DPO", "Best of N", "Best of N"]
-    assert json.loads(out.read_text())["settings"]["scorer"]["init_args"] == {"weight": 3.0}
+    assert json.loads(out.read_text())["settings"]["scorer"]["init_args"] == {"weight": 3.0, "less": 0.1}
     with pytest.raises(SystemExit):
         run_tool("evaluate", [*args, "--temperature", "0.7"])
     assert "temperature" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -102,6 +103,17 @@ def test_best_of_n_of_many_samples_does_not_overflow():
     assert best_of_n(scores, 1000) == pytest.approx((1000 / 1001) * (2001 / 2000) - 1 / 2000, abs=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 7])
+def test_best_of_n_by_another_number_is_the_mean_over_all_subsets_with_equal_ones_sharing(n):
+    generator = np.random.default_rng(n)
+    scores, worth = generator.integers(0, 4, size=7), generator.normal(size=7)
+    expected = []
+    for subset in itertools.combinations(range(7), n):
+        best = max(scores[list(subset)])
+        expected.append(np.mean([worth[place] for place in subset if scores[place] == best]))
+    assert best_of_n(scores, n, worth) == pytest.approx(np.mean(expected))
+
+
 def test_bound_of_best_of_n():
     assert best_of_n_kl(1) == 0
     assert best_of_n_kl(4) == pytest.approx(1.38629 - 0.75, abs=1e-5)
@@ -140,3 +152,26 @@ def test_kappa_ends():
     assert cohen_kappa([1, 0, 1], [1, 0, 1]) == 1
     assert cohen_kappa([1, 0, 1, 0], [0, 1, 0, 1]) == -1
     assert cohen_kappa([1, 1], [1, 1]) is None
+
+
+def test_kappa_of_quarters_is_that_of_all_pairs_and_of_many_takes_little_memory():
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, 5, size=(2, 60)) / 4
+    observed, chance = agreement(first, second).mean(), agreement(first[:, None], second).mean()
+    assert cohen_kappa(first, second) == pytest.approx((observed - chance) / (1 - chance))
+    many = generator.random((2, 20_000))
+    assert _peak(lambda: cohen_kappa(*many)) < 20_000_000  # bytes; a table of all pairs has 3.2 billion
+
+
+def test_the_names_of_groups_may_be_long():
+    values, groups = [0, 1] * 200, [f"{number // 2}{'x' * (100_000 if number == 0 else 1)}" for number in range(400)]
+    assert _peak(lambda: rate_interval(values, groups)) < 1_000_000
+    assert rate_interval(values, groups) == rate_interval(values, [0, 1, *(2 + i // 2 for i in range(398))])
+
+
+def _peak(call):
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak

@@ -129,6 +129,14 @@ def test_refusals(tmp_path, against, options, message):
         run(tmp_path, samples, lines(tmp_path / "given.jsonl", against), **options)
 
 
+def test_rows_of_one_prompt_are_one_prompt():
+    prompts = ["p", [{"role": "user", "content": "p"}], "p", "q"]
+    matched = [Matched(row, 1, 1.0, prompt, "a", "b", (1, 1)) for row, prompt in enumerate(prompts, start=1)]
+    found = summary(matched, [1, 1, 1, 0])
+    expected = list(rate_interval([1, 1, 1, 0], [1, 1, 1, 2]))
+    assert (found["interval"], found["of_like_length"]["interval"], found["prompts"]) == (expected, expected, 2)
+
+
 def test_nothing_readable_has_no_rate():
     found = summary([Matched(1, 1, 1.0, "p", "a", "b", (1, 1))], [None])
     assert (found["win_rate"], found["interval"], found["compared"], found["unreadable"]) == (None, None, 0, 1)
