@@ -226,22 +226,27 @@ class StopAt(Callback):
 EARLY = EarlyStopping("train/loss", stopping_threshold=1e6, check_on_train_epoch_end=True)
 
 
-@pytest.mark.parametrize(("stop", "step"), [(StopAt(2), 2), (EARLY, 4)], ids=["behind a step", "behind the epoch"])
-def test_a_fit_that_a_callback_ends_has_an_offset_of_its_last_weights(tiny_llama, tmp_path, stop, step):
+@pytest.mark.parametrize(
+    ("stop", "step", "split", "settings"),
+    [(StopAt(2), 2, "val", {}), (StopAt(2), 2, "train", {"limit_val_batches": 0}), (EARLY, 4, "val", {})],
+    ids=["behind a step", "without validation", "behind the epoch"],
+)
+def test_a_fit_that_a_callback_ends_has_an_offset_of_its_last_weights(
+    tiny_llama, tmp_path, stop, step, split, settings
+):
     reward, source = module(tiny_llama), data(tiny_llama)
-    small_runs.fit(
-        tmp_path, reward, source, max_steps=100, val_check_interval=3, check_val_every_n_epoch=None, callbacks=[stop]
-    )
+    settings = {"max_steps": 100, "val_check_interval": 3, "check_val_every_n_epoch": None, **settings}
+    small_runs.fit(tmp_path, reward, source, callbacks=[stop], **settings)
     assert reward._offset_step == step
-    assert reward.offset == pytest.approx(mean_reward(reward, source), abs=1e-6)
+    assert reward.offset == pytest.approx(mean_reward(reward, source, split), abs=1e-6)
 
 
 def test_the_last_checkpoint_of_a_fit_that_time_ends_has_it(tiny_llama, tmp_path):
     reward, source = module(tiny_llama), data(tiny_llama)
     saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
     small_runs.fit(
-        tmp_path, reward, source, max_steps=100, val_check_interval=3, check_val_every_n_epoch=None,
-        callbacks=[StopAt(2), saver], enable_checkpointing=True,
+        tmp_path, reward, source, max_steps=100, limit_val_batches=0, callbacks=[StopAt(2), saver],
+        enable_checkpointing=True,
     )  # fmt: skip
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["reward_offset"]
     assert saved == {"value": reward.offset, "step": 2}
