@@ -135,13 +135,7 @@ def sample_prompts(
         return make(Path(out), settings, asked, chunks, sampling, alone, lambda: ask, overwrite)
     fabric = ranks(accelerator, devices, num_nodes)
     dtype = dtype or ("bfloat16" if fabric.device.type == "cuda" else "float32")
-    settings = {
-        **which_model(model),
-        **settings,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "batch_tokens": batch_tokens,
-    }
+    settings = which_model(model) | settings | {"dtype": dtype, "batch_size": batch_size, "batch_tokens": batch_tokens}
     chunks = plan(lengths, sampling, batch_size, batch_tokens)
 
     def begin() -> Write:

@@ -84,7 +84,7 @@ def is_checkpoint(path: str) -> bool:
 def which_model(path: str) -> dict[str, str]:
     """What tells a model from another: where it is and, on this machine, a digest of its weights.
 
-    Of large files it is that of chunks, so near to each other that every weight matrix has some.
+    Of large files it is that of chunks, so near to each other that every large matrix of weights has some.
     """
     place = _place(path)
     if not place.exists():

@@ -1,6 +1,7 @@
 """What gives a response a number."""
 
 # Annotations are not postponed: jsonargparse reads those of a base class with the names of the subclass's file.
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -35,7 +36,8 @@ class Scorer(ABC):
         """Changes when the scores may: the settings, the code, and sizes and times of the files that settings name."""
         plain = identity(self)
         code = [digest_of_code(cls) for cls in type(self).__mro__ if issubclass(cls, Scorer) and cls is not Scorer]
-        inner = [scorer.fingerprint() for scorer in _scorers(list(vars(self).values()))]
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        inner = [scorer.fingerprint() for scorer in _scorers([getattr(self, field.name) for field in fields])]
         return json.dumps([plain, [_files(text) for text in _texts(plain)], code, inner], default=repr)
 
 
