@@ -49,12 +49,12 @@ class Journal:
         self._lock()
         if overwrite:
             self._file.truncate(0)
-        write_whole(beside, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        write_whole(beside, as_json(known, indent=2) + "\n")
         self.rows = self._read()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows behind the others, all in one go."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.write("".join(as_json(row) + "\n" for row in rows).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -118,11 +118,24 @@ class Journal:
         return rows
 
 
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that people can read; where text holds half a character, which UTF-8 has not, with escapes instead."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
 def write_whole(path: Path, text: str) -> None:
     """A text file that is whole or as it was before."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

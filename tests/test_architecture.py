@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"batch", "functional", *FOUNDATION},
     "data": {"batch", "ranks", "recipes", *FOUNDATION},
     "references": {"batch", "functional", "models", "errors"},
-    "generation": {"checkpoints", "data", "export", "journal", "models", "scorers", *FOUNDATION},
+    "generation": {"checkpoints", "data", "export", "journal", "models", "scorers", "server", *FOUNDATION},
     "metrics": {"batch"},
     "modules": {
         "batch",
@@ -38,7 +38,7 @@ ALLOWED = {
     },
     "memory": {"batch", "models", "modules", "references", "paths"},
     "strategies": {"checkpoints", "models", "errors"},
-    "export": {"checkpoints", "losses", "models", "modules", "recipes", *FOUNDATION},
+    "export": {"checkpoints", "data", "losses", "models", "modules", "recipes", *FOUNDATION},
     "callbacks": {
         *("batch", "data", "evaluation", "export", "generation", "journal", "memory", "metrics", "models", "modules"),
         *("ranks", "references", "scorers", "errors"),
@@ -47,7 +47,7 @@ ALLOWED = {
     "scorers": {"batch", "checkpoints", "data", "export", "journal", "models", "modules", "recipes", *FOUNDATION},
     "server": {"errors"},
     "judges": {"data", "journal", "recipes", "scorers", "server", "errors"},
-    "labelling": {"data", "generation", "journal", "judges", "recipes", "scorers", "errors"},
+    "labelling": {"data", "generation", "journal", "judges", "recipes", "scorers", *FOUNDATION},
     "evaluation": {
         *("batch", "data", "generation", "journal", "judges", "metrics", "models", "recipes", "scorers"),
         *FOUNDATION,

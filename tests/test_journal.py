@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.journal import Journal
+from dpo_lightning.journal import Journal, write_whole
 
 SETTINGS = {"temperature": 1.0, "model": "here"}
 
@@ -72,3 +73,22 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
         with pytest.raises(UsageError, match="Another process is writing"):
             Journal(tmp_path / "rows.jsonl", SETTINGS, overwrite=True)
     Journal(tmp_path / "rows.jsonl", SETTINGS).close()
+
+
+def test_half_a_character_is_kept(tmp_path):
+    found = [{"row": 1, "text": "Käse \ud83d"}, {"row": 2, "text": "Käse"}]
+    with Journal(tmp_path / "rows.jsonl", {"stop": "\ud83d"}) as journal:
+        journal.append(found)
+    assert "Käse" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    with Journal(tmp_path / "rows.jsonl", {"stop": "\ud83d"}) as journal:
+        assert journal.rows == found
+
+
+def test_a_whole_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.fstat(number).st_size), sync(number)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replaced"), replace(*paths)))
+    write_whole(tmp_path / "it.json", "12345")
+    assert done == [5, "replaced"]
+    assert (tmp_path / "it.json").read_text() == "12345"

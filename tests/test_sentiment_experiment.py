@@ -74,6 +74,7 @@ def check(out, labels):
 LABELS = {("DPO", "beta 0.1"), ("Unlikelihood", "alpha 0.5"), ("Preferred-FT", ""), ("Best of N", "N = 4")}
 
 
+@pytest.mark.slow
 def test_the_experiment_on_the_grammar_and_goes_on(experiment, monkeypatch, tmp_path):
     experiment.run, whole = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt), experiment.run
     with pytest.raises(KeyboardInterrupt):
@@ -103,6 +104,26 @@ def test_the_experiment_on_reviews_in_files(experiment, monkeypatch, tmp_path):
     assert "<br" not in (tmp_path / "runs/imdb/data/reviews.jsonl").read_text()
 
 
+def test_configs_are_filled_in_and_prompts_are_held_out(experiment, tmp_path):
+    given = list(experiment.stages(tmp_path, None))
+    assert [stage.name for stage in given] == [
+        *("prepare", "sft", "sample", "label", "dpo_beta_0.1", "unlikelihood_alpha_0.5", "preferred_ft"),
+        *("best_of_n", "frontier"),
+    ]
+    for stage in (stage for stage in given if stage.name not in ("sample", "label", "best_of_n", "frontier")):
+        if stage.name != "prepare":
+            experiment.run = lambda *arguments: None
+        stage.does()
+    prompts, held_out = (
+        [json.loads(line)["prompt"] for line in (tmp_path / f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("prompts", "prompts_held_out")
+    )
+    assert not set(prompts) & set(held_out)
+    assert len(held_out) == len(set(held_out)) == 6
+    for name in ("sft", "dpo_beta_0.1", "unlikelihood_alpha_0.5", "preferred_ft"):
+        assert yaml.safe_load((tmp_path / f"configs/{name}.yaml").read_text())["trainer"]["precision"] == "32-true"
+
+
 def test_the_fitted_sentiment_by_hand(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     from fitted_sentiment import FittedSentiment
@@ -110,7 +131,11 @@ def test_the_fitted_sentiment_by_hand(monkeypatch, tmp_path):
     fitted = {"token_pattern": r"(?u)\b\w\w+\b", "intercept": 0.0, "vocab": {"good": [2.0, 1.0], "bad": [1.0, -3.0]}}
     (tmp_path / "fitted.json.gz").write_bytes(gzip.compress(json.dumps(fitted).encode()))
     scorer = FittedSentiment(path=str(tmp_path / "fitted.json.gz"))
+<<<<<<< HEAD
     # A word alone has length 1 whatever its idf: sigma(1). Of both, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) is -0.4472.
+=======
+    # One word has length 1 whatever its weight: sigma(1). Of good and bad, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) = -0.447.
+>>>>>>> fix2
     assert scorer.score(["", "Good ", "a "], ["good", "x bad", "film"]) == pytest.approx(
         [0.7311, 0.3900, 0.5], abs=1e-4
     )

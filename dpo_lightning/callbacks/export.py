@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from dpo_lightning.export import PROVENANCE, as_classifier, save_policy, write_companions
-from dpo_lightning.models.reward import OFFSET
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.reward import RewardModule
 
@@ -34,14 +33,6 @@ class ExportHF(Callback):
         folder = Path(self.dir) if self.dir else Path(trainer.log_dir or trainer.default_root_dir) / "hf"
         writes = trainer.is_global_zero
         alone = pl_module.spec.has_adapters and self.adapter == "save"
-        changed: Any = None
-        tokenizer: Any = None
-        if isinstance(pl_module, RewardModule) and not alone:
-            tokenizer = copy.deepcopy(pl_module.spec.load_tokenizer())  # it gets a token for padding
-            changed = functools.partial(as_classifier, tokenizer=tokenizer, found=pl_module.offset_record()[OFFSET])
-        save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes, changed=changed)
-        if not writes:
-            return
         data: Any = getattr(trainer, "datamodule", None)
         record: dict[str, Any] = {
             "hyper_parameters": dict(pl_module.hparams),
@@ -51,6 +42,14 @@ class ExportHF(Callback):
         }
         if isinstance(pl_module, RewardModule):
             record |= pl_module.offset_record()
+        changed: Any = None
+        tokenizer: Any = None
+        if isinstance(pl_module, RewardModule) and not alone:
+            tokenizer = copy.deepcopy(pl_module.spec.load_tokenizer())  # it gets a token for padding
+            changed = functools.partial(as_classifier, tokenizer=tokenizer, record=record)
+        save_policy(pl_module.spec, pl_module.policy, folder, adapter=self.adapter, writes=writes, changed=changed)
+        if not writes:
+            return
         tokenizer = tokenizer or pl_module.spec.load_tokenizer()
         write_companions(folder, tokenizer, record, base=pl_module.spec.path, alone=alone)
         self.written = folder

@@ -247,12 +247,14 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader("test", self.val_batch_size)
 
     def provenance(self) -> dict[str, Any]:
-        """What a model card says of the data, as plain data: sources with counts, and a chat template if given."""
+        """What a model card says of the data, as plain data: sources with counts, and how their texts are read."""
         chat = self.tokenization.chat
         sources: dict[str, Any] = {str(part.source): part.source for parts in self.sources.values() for part in parts}
         return {
             "sources": [_described(report, sources.get(report.source)) for report in self.reports],
             "chat_template": self._chat_template,
+            "chat_texts": chat.texts,
+            "end_token": self.tokenization.end_token,
             "chat_variables": json.loads(json.dumps(dict(chat.variables), default=str)),
         }
 

@@ -21,7 +21,7 @@ from dpo_lightning.export.model import Adapter, Trained, write
 from dpo_lightning.export.weights import Weights, in_memory
 from dpo_lightning.models.adapters import below_adapters, changes_base, outline_adapter
 from dpo_lightning.models.fingerprint import digest_of
-from dpo_lightning.models.reward import OFFSET, RewardSpec
+from dpo_lightning.models.reward import RewardSpec
 from dpo_lightning.models.spec import PolicySpec
 from dpo_lightning.modules.base import BASE_FINGERPRINT
 from dpo_lightning.recipes import from_plain
@@ -72,7 +72,7 @@ def export(
     if dtype is not None:
         trained = replace(trained, dtype=getattr(torch, dtype))
     if isinstance(spec, RewardSpec) and not alone:
-        trained = as_classifier(trained, tokenizer, found.record[OFFSET])
+        trained = as_classifier(trained, tokenizer, found.record)
     write(trained, target, adapter=adapter, max_shard_size=max_shard_size)
     write_companions(target, tokenizer, found.record, base=spec.path, alone=alone)
     return target

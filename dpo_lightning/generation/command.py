@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation.loading import DType, identity, load, load_tokenizer
+from dpo_lightning.generation.loading import DType, load, load_tokenizer, which_model
 from dpo_lightning.generation.making import Write, continue_by_model, make, ranks
 from dpo_lightning.generation.plan import Sampling, plan
 from dpo_lightning.generation.prompts import Asked, end_tokens, read_prompts, read_template, tokenized, unescaped
@@ -135,7 +135,7 @@ def sample_prompts(
         return make(Path(out), settings, asked, chunks, sampling, alone, lambda: ask, overwrite)
     fabric = ranks(accelerator, devices, num_nodes)
     dtype = dtype or ("bfloat16" if fabric.device.type == "cuda" else "float32")
-    settings = {**identity(model), **settings, "dtype": dtype, "batch_size": batch_size, "batch_tokens": batch_tokens}
+    settings = which_model(model) | settings | {"dtype": dtype, "batch_size": batch_size, "batch_tokens": batch_tokens}
     chunks = plan(lengths, sampling, batch_size, batch_tokens)
 
     def begin() -> Write:

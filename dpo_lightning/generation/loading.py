@@ -21,7 +21,8 @@ from dpo_lightning.paths import PACKAGE, resolve
 
 DType = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = re.compile(r".*\.(safetensors|ckpt|distcp|bin|pt)")
-SEEN = 1 << 20  # bytes at the beginning and the end of a file of weights that tell it from another
+CHUNK = 16 << 10  # bytes of a file of weights that are read together to tell it from another
+MOST_READ = 256 << 20  # bytes of a file that are read for that; larger ones are read in chunks at equal distances
 
 
 def load(
@@ -80,10 +81,10 @@ def is_checkpoint(path: str) -> bool:
     return place.is_file() or place.suffix == ".ckpt" or (place / META).exists() or (place / SHARDS).exists()
 
 
-def identity(path: str) -> dict[str, str]:
-    """What tells a model from another: where it is and, on this machine, a digest of its weights' first and last parts.
+def which_model(path: str) -> dict[str, str]:
+    """What tells a model from another: where it is and, on this machine, a digest of its weights.
 
-    A model that was trained anew into the same place has other weights everywhere, so parts tell it.
+    Of large files it is that of chunks, so near to each other that every large matrix of weights has some.
     """
     place = _place(path)
     if not place.exists():
@@ -93,10 +94,11 @@ def identity(path: str) -> dict[str, str]:
     for file in (file for file in found if WEIGHTS.fullmatch(file.name) and file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name if place.is_dir() else ''} {size}\n".encode())
+        distance = max(CHUNK, size * CHUNK // MOST_READ)
         with file.open("rb") as content:
-            digest.update(content.read(SEEN))
-            content.seek(max(0, size - SEEN))
-            digest.update(content.read())
+            for start in (*range(0, size, distance), max(0, size - CHUNK)):
+                content.seek(start)
+                digest.update(content.read(CHUNK))
     name = path if path.startswith(PACKAGE) else str(place.absolute())
     return {"model": name, "weights": digest.hexdigest()}
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.journal import SETTINGS, Journal, Row, write_whole
+from dpo_lightning.journal import SETTINGS, Journal, Row, as_json, write_whole
 
 Key = tuple[float, int]  # temperature, row
 
@@ -105,7 +105,7 @@ class Output:
         ordered = [self._rows[key] for key in self._places]
         assert self._journal is not None
         if self._journal.rows != ordered:
-            write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered))
+            write_whole(self.path, "".join(as_json(row) + "\n" for row in ordered))
         self.close()
         return ordered
 

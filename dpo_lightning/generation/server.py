@@ -17,6 +17,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.generation.plan import Chunk, Sampling
 from dpo_lightning.generation.prompts import Asked
 from dpo_lightning.generation.samples import Samples
+from dpo_lightning.server.line import NO_KEY, masked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,20 +64,19 @@ def continue_by_server(
     Raises:
         UsageError: If the server cannot be reached, refuses, or goes on failing.
     """
-    asks = _Asker(sampling, tokenizer, url, model, retries)
+    asks = _Asker(sampling, tokenizer, url, model, _key(key_variable), retries)
     todo = ((chunk, asked[place]) for chunk in chunks for place in chunk.places)
-    asyncio.run(_work(asks, todo, add, _key(key_variable), timeout, concurrency))
+    asyncio.run(_work(asks, todo, add, timeout, concurrency))
 
 
 async def _work(
     asks: _Asker,
     todo: Iterator[tuple[Chunk, Asked]],
     add: Callable[[list[dict[str, Any]]], None],
-    key: str,
     timeout: float,
     concurrency: int,
 ) -> None:
-    async with _client(asks.url, key, timeout, asks.retries) as client:
+    async with _client(asks.url, asks.key, timeout, asks.retries) as client:
 
         async def worker() -> None:
             for chunk, one in todo:
@@ -88,8 +88,9 @@ async def _work(
 class _Asker:
     """Asks for the completions of a prompt."""
 
-    def __init__(self, sampling: Sampling, tokenizer: Tokenizer, url: str, model: str, retries: int) -> None:
-        self.sampling, self.tokenizer, self.url, self.model, self.retries = sampling, tokenizer, url, model, retries
+    def __init__(self, sampling: Sampling, tokenizer: Tokenizer, url: str, model: str, key: str, retries: int) -> None:
+        self.sampling, self.tokenizer, self.retries = sampling, tokenizer, retries
+        self.url, self.model, self.key = url, model, key
         self.takes_tokens: bool | None = None  # not known yet
 
     async def __call__(self, client: AsyncOpenAI, chunk: Chunk, one: Asked) -> dict[str, Any]:
@@ -144,8 +145,8 @@ class _Asker:
         if self.takes_tokens is None:
             self.takes_tokens = False
             log.warning(
-                f"The server takes no prompts as tokens ({refusal and refusal.message}); they are sent as text, which "
-                "it tokenises by itself."
+                "The server takes no prompts as tokens (%s); they are sent as text, which it tokenises by itself.",
+                masked(refusal.message, self.key) if refusal else "",
             )
         return answer
 
@@ -177,8 +178,8 @@ class _Asker:
 
     def _failed(self, one: Asked, problem: str) -> UsageError:
         return UsageError(
-            f"row {one.row}: the server {self.url} has not given completions: {problem.rstrip('.')}. What was made "
-            "before is kept; call the command again to go on."
+            f"row {one.row}: the server {self.url} has not given completions: {masked(problem, self.key).rstrip('.')}. "
+            "What was made before is kept; call the command again to go on."
         )
 
 
@@ -188,7 +189,7 @@ class _Nonsense(Exception):
 
 def _key(variable: str | None) -> str:
     if variable is None:
-        return "none"  # the client wants one
+        return NO_KEY  # the client wants one
     if variable not in os.environ:
         raise UsageError(f"--server_key_variable: there is no environment variable {variable}; set it to the key.")
     return os.environ[variable]

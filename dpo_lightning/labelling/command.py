@@ -19,6 +19,7 @@ from dpo_lightning.labelling.groups import group
 from dpo_lightning.labelling.labellers import Labeller, as_labeller
 from dpo_lightning.labelling.shapes import SHAPES
 from dpo_lightning.labelling.tally import Tally
+from dpo_lightning.paths import resolve
 from dpo_lightning.recipes import identity
 from dpo_lightning.scorers import Scorer
 
@@ -65,10 +66,12 @@ def label(
         The file of preferences.
 
     Raises:
-        UsageError: If the samples are none, the labeller fails, or the file is of other settings.
+        UsageError: If the samples are none, the labeller fails, the file is of other settings, or two files are one.
     """
     chosen, choice = as_labeller(labeller), Choice(pairs=pairs, num_pairs=num_pairs, seed=seed)
     _check(chosen, make, choice)
+    answers = answers or f"{out}.answers.jsonl"
+    _see_that_they_are_apart({"samples": samples, "out": out, "answers": answers})
     found = group(read_samples(samples), unfinished=unfinished, pool=pool)
     settings = {
         "samples": Files(samples).fingerprint(), "labeller": identity(chosen), "make": make, "pairs": pairs,
@@ -77,7 +80,7 @@ def label(
     tally, shape = Tally(), SHAPES[make]
     with Journal(out, settings, overwrite) as journal:
         kept, new = iter(journal.rows), list[dict[str, Any]]()
-        known = chosen.label(found.groups, choice, Path(answers or f"{out}.answers.jsonl"))
+        known = chosen.label(found.groups, choice, Path(answers))
         done = 0
         with tqdm(total=len(found.groups), desc="Labelling", unit="prompt", dynamic_ncols=True) as bar:
             for done, (one, labels) in enumerate(zip(found.groups, known, strict=True), start=1):
@@ -108,6 +111,14 @@ def _check(labeller: Labeller, make: str, choice: Choice) -> None:
         raise UsageError(
             "A judge gives no scores, so nobody knows the best and the worst: set `pairs` to all or random."
         )
+
+
+def _see_that_they_are_apart(files: dict[str, str]) -> None:
+    places: dict[Path, str] = {}
+    for name, path in files.items():
+        before = places.setdefault(Path(resolve(path)).expanduser().resolve(), name)
+        if before != name:
+            raise UsageError(f"{path} is both `{before}` and `{name}`; name another file for `{name}`.")
 
 
 def _see_that_none_is_left(kept: Iterator[Any], path: Path) -> None:

@@ -29,6 +29,7 @@ from dpo_lightning.models.spec import PolicySpec
 
 HEAD = "score"  # what transformers calls it
 OFFSET = "reward_offset"  # in configs of exported folders
+READING = "reward_reading"  # how training read its texts, likewise
 
 
 class RewardDecoder(CausalPolicy):

@@ -74,13 +74,24 @@ class RewardModule(PolicyModule):
         """Behind the last step find the offset, unless a validation has: before the last checkpoint is saved."""
         run = self.trainer
         ends = run.max_epochs is not None and 0 <= run.max_epochs <= run.current_epoch + 1
-        if not (ends or 0 <= run.max_steps <= run.global_step) or self._offset_step == run.global_step:
+        if ends or run.should_stop or 0 <= run.max_steps <= run.global_step:
+            self._find_offset(logged=True)
+
+    def on_train_end(self) -> None:
+        """Find it where a callback has ended the fit behind the last checkpoint: a folder that is exported has it."""
+        super().on_train_end()
+        self._find_offset(logged=False)  # the Trainer takes no more values
+
+    def _find_offset(self, logged: bool) -> None:
+        run = self.trainer
+        if self._offset_step == run.global_step:
             return
         if not run.enable_validation and getattr(run.datamodule, "stream_buffer", None) is not None:  # type: ignore[attr-defined]
-            log.warning("A stream is not read twice, so rewards get no offset: give `data.init_args.val`.")
+            if logged:
+                log.warning("A stream is not read twice, so rewards get no offset: give `data.init_args.val`.")
             return
         self._throughput.pause()
-        self._take_offset(self._mean_reward(self._reference_batches()))
+        self._take_offset(self._mean_reward(self._reference_batches()), logged)
         self._throughput.resume()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> ScoredResponses:
@@ -113,9 +124,10 @@ class RewardModule(PolicyModule):
         if stage == "validate" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._take_offset(float(self._validation["metrics"][MEAN]))  # type: ignore[index]
 
-    def _take_offset(self, offset: float) -> None:
+    def _take_offset(self, offset: float, logged: bool = True) -> None:
         self.offset, self._offset_step = offset, self.trainer.global_step
-        self.log(OFFSET, offset)
+        if logged:
+            self.log(OFFSET, offset)
 
     def _reference_batches(self) -> Any:
         """Each response of the reference set once."""

@@ -1,10 +1,13 @@
 """What gives a response a number."""
 
 # Annotations are not postponed: jsonargparse reads those of a base class with the names of the subclass's file.
+import dataclasses
+import hashlib
+import inspect
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,12 @@ class Scorer(ABC):
         """
 
     def fingerprint(self) -> str:
-        """Changes when the scores may: the settings, with sizes and times of the files that they name."""
+        """Changes when the scores may: the settings, the code, and sizes and times of the files that settings name."""
         plain = identity(self)
-        return json.dumps([plain, [_files(text) for text in _texts(plain)]], default=repr)
+        code = [digest_of_code(cls) for cls in type(self).__mro__ if issubclass(cls, Scorer) and cls is not Scorer]
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        inner = [scorer.fingerprint() for scorer in _scorers([getattr(self, field.name) for field in fields])]
+        return json.dumps([plain, [_files(text) for text in _texts(plain)], code, inner], default=repr)
 
 
 class Unscored(UsageError):
@@ -46,6 +52,39 @@ class Unscored(UsageError):
     def __init__(self, place: int, reason: str) -> None:
         super().__init__(reason)
         self.place, self.reason = place, reason
+
+
+def scores_of(scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """What a scorer gives, one number a response.
+
+    Raises:
+        UsageError: If it gives more or fewer.
+    """
+    found = scorer.score(prompts, responses)
+    scores = [float(score) for score in found] if isinstance(found, Iterable) else []
+    if len(scores) != len(responses):
+        raise UsageError(
+            f"{type(scorer).__name__} gave {len(scores)} numbers for {len(responses)} responses; it must give one each."
+        )
+    return scores
+
+
+def digest_of_code(code: Any) -> str:
+    """Changes with the file that a function or a class is written in; empty where there is none."""
+    try:
+        content = Path(inspect.getsourcefile(code) or "").read_bytes()
+    except (TypeError, OSError):  # a builtin, a callable object
+        return ""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _scorers(value: Any) -> Iterator[Scorer]:
+    """Scorers among the settings of another."""
+    if isinstance(value, Scorer):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _scorers(item)
 
 
 def _texts(plain: Any) -> Iterator[str]:

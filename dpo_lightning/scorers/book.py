@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from dpo_lightning.journal import Journal
-from dpo_lightning.scorers.base import Prompt, Scorer, Unscored
+from dpo_lightning.scorers.base import Prompt, Scorer, Unscored, scores_of
 
 KEPT = {"holds": "scores, each by a digest of scorer, prompt and response"}
 
@@ -34,7 +34,8 @@ class ScoreBook:
         """One finite number a response; those that are known and those that are equal are not asked for.
 
         Raises:
-            Unscored: If the scorer gives something else.
+            Unscored: If the scorer gives something that is none.
+            UsageError: If it gives more or fewer.
         """
         keys = [self._digest(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known}
@@ -49,7 +50,7 @@ class ScoreBook:
 
     def _ask(self, prompts: list[Prompt], responses: list[str], places: list[int]) -> list[float]:
         try:
-            scores = [float(score) for score in self.scorer.score(prompts, responses)]
+            scores = scores_of(self.scorer, prompts, responses)
         except Unscored as problem:
             raise Unscored(places[problem.place], problem.reason) from problem.__cause__
         for place, score in zip(places, scores, strict=True):

@@ -1,17 +1,15 @@
 """Any Python function as a scorer."""
 
 # Annotations are not postponed: jsonargparse reads those of a base class with the names of the subclass's file.
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.scorers.base import Prompt, Scorer, Unscored
+from dpo_lightning.scorers.base import Prompt, Scorer, Unscored, digest_of_code
 
 ALONE = ("response", "responses")
 
@@ -53,11 +51,7 @@ class Function(Scorer):
 
     def fingerprint(self) -> str:
         """The settings, with the content of the function's file."""
-        try:
-            content = Path(inspect.getsourcefile(self._function) or "").read_bytes()
-        except (TypeError, OSError):  # a builtin, a callable object
-            content = b""
-        return super().fingerprint() + hashlib.blake2b(content, digest_size=16).hexdigest()
+        return super().fingerprint() + digest_of_code(self._function)
 
     @cached_property
     def _function(self) -> Callable[..., Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from dpo_lightning.data.dealing import runs
 from dpo_lightning.data.example import PreferenceExample, TokenizedExample, UnusableRow
 from dpo_lightning.data.tokenize import Tokenization
 from dpo_lightning.errors import UsageError
-from dpo_lightning.export.folder import data_provenance
+from dpo_lightning.export.folder import data_provenance, with_chat_template
 from dpo_lightning.models.policy import CausalPolicy
-from dpo_lightning.models.reward import HEAD, OFFSET, RewardSpec, has_head
+from dpo_lightning.models.reward import HEAD, OFFSET, READING, RewardSpec, has_head
 from dpo_lightning.modules.reward import RewardModule
 from dpo_lightning.paths import resolve
 from dpo_lightning.scorers.base import Prompt, Scorer
@@ -57,7 +57,7 @@ class RewardModel(Scorer):
         device: Where to, as in cuda:1; a GPU where there is one.
         dtype: Dtype of the weights; of a checkpoint that of training.
         max_length: Most tokens of prompt and response together; those that the model knows positions for unless given.
-        chat: How messages become text.
+        chat: How messages become text; as in training unless given.
     """
 
     path: str
@@ -65,7 +65,9 @@ class RewardModel(Scorer):
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_length: int | None = None
-    chat: Chat = field(default_factory=Chat)
+    chat: Chat | None = None
+
+    ASIDE: ClassVar[tuple[str, ...]] = ("batch_tokens", "device")
 
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
@@ -98,7 +100,7 @@ class RewardModel(Scorer):
 
     def _tokenized(self, prompts: Sequence[Prompt], responses: Sequence[str], start: int) -> list[TokenizedExample]:
         tokenization = self._loaded.tokenization
-        examples = [_example(*one, tokenization.tokenizer) for one in zip(prompts, responses, strict=True)]
+        examples = [_example(*one, tokenization) for one in zip(prompts, responses, strict=True)]
         tokenized = []
         for number, found in enumerate(tokenization(examples), start=start + 1):
             if isinstance(found, UnusableRow):
@@ -119,20 +121,36 @@ class RewardModel(Scorer):
                 f"{self.path} is no reward model: by its config it is {found}, "
                 f"without a {HEAD}. Export a checkpoint of a RewardModule, or train one."
             )
-        return self._at_work(spec.build(self._device), getattr(config, OFFSET, 0.0), spec.load_tokenizer())
+        offset, read = getattr(config, OFFSET, 0.0), getattr(config, READING, {})
+        return self._at_work(spec.build(self._device), offset, spec.load_tokenizer(), read)
 
     def _of_checkpoint(self, place: Path) -> Loaded:
         module = RewardModule.load_from_checkpoint(place, map_location="cpu", weights_only=True)
         module.configure_model()
         tokenizer = module.spec.load_tokenizer()
-        template = data_provenance(read_without_weights(place)).get("chat_template")
-        tokenizer.chat_template = template or tokenizer.chat_template
+        record = read_without_weights(place)
         assert module.policy is not None
-        return self._at_work(module.policy, module.offset, tokenizer)
+        return self._at_work(
+            module.policy, module.offset, with_chat_template(tokenizer, record), data_provenance(record)
+        )
 
-    def _at_work(self, model: CausalPolicy, offset: float, tokenizer: Tokenizer) -> Loaded:
+    def _at_work(self, model: CausalPolicy, offset: float, tokenizer: Tokenizer, read: Mapping[str, Any]) -> Loaded:
+        """Ready for use.
+
+        Args:
+            model: The model.
+            offset: Its offset.
+            tokenizer: Its tokenizer, with the chat template of training.
+            read: What is known of how training read its data.
+        """
         known = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or UNBOUNDED
-        tokenization = Tokenization(tokenizer=tokenizer, max_length=self.max_length or known, chat=self.chat)
+        trained = Chat(variables=read.get("chat_variables", {}), texts=read.get("chat_texts", False))
+        tokenization = Tokenization(
+            tokenizer=tokenizer,
+            max_length=self.max_length or known,
+            chat=self.chat or trained,
+            end_token=read.get("end_token", True),
+        )
         return Loaded(model.eval().to(self._device), offset, tokenization)
 
     @property
@@ -140,10 +158,12 @@ class RewardModel(Scorer):
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _example(prompt: Prompt, response: str, tokenizer: Tokenizer) -> PreferenceExample:
+def _example(prompt: Prompt, response: str, tokenization: Tokenization) -> PreferenceExample:
+    if isinstance(prompt, str) and tokenization.chat.texts:
+        prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
         return PreferenceExample(prompt, ([{"role": "assistant", "content": response}],))
-    return PreferenceExample(prompt, (response or tokenizer.eos_token or "",))  # who says nothing ends at once
+    return PreferenceExample(prompt, (response or tokenization.tokenizer.eos_token or "",))  # it ends at once
 
 
 def _joined(examples: Sequence[TokenizedExample], most: int) -> list[tuple[TokenizedExample, list[int]]]:

@@ -161,8 +161,7 @@ class Line:
 
     def _said(self, error: Any) -> str:
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
-        said = str(message or error.message)
-        return said.replace(self.key, "***" if self.key != NO_KEY else NO_KEY)[:300]  # some repeat the key
+        return masked(str(message or error.message), self.key)[:300]
 
     def _models(self) -> str:
         try:
@@ -170,6 +169,11 @@ class Line:
         except Exception:  # it was a guess
             return ""
         return f" It has {', '.join(map(repr, names))}." if names else ""
+
+
+def masked(said: str, key: str) -> str:
+    """What a server said, without the key, which some repeat."""
+    return said if key in ("", NO_KEY) else said.replace(key, "***")
 
 
 def _asked_to_wait(error: Any) -> float:

@@ -1,5 +1,8 @@
 """An exported reward model gives transformers the rewards that it was trained to give."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import small_runs
 import torch
@@ -16,6 +19,7 @@ from transformers import (
 
 from dpo_lightning import PreferenceDataModule, RewardModule
 from dpo_lightning.callbacks import ExportHF
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
 from dpo_lightning.export import export
 from dpo_lightning.models.adapters import LoRA
@@ -208,3 +212,57 @@ def test_that_there_is_no_offset_yet_is_said(tiny_llama, tmp_path, caplog):
     model = loaded(export(str(tmp_path / "step=1.ckpt"), str(tmp_path / "hf")))
     assert "No validation has found an offset yet" in caplog.text
     assert model.config.reward_offset == 0
+
+
+CLOSING = (
+    "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ end or '<pad>' }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "training"])
+def test_what_closes_an_answer_does_not_pad(tiny_llama, tmp_path, where):
+    source, own = tiny_llama, str(tmp_path / "model")
+    shutil.copytree(source, own)
+    if where == "tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(own)
+        tokenizer.chat_template = CLOSING
+        tokenizer.save_pretrained(own)
+    as_trained(own, tmp_path / "it.ckpt")
+    if where == "training":
+        content = torch.load(tmp_path / "it.ckpt", weights_only=True)
+        torch.save({**content, "data": {"provenance": {"chat_template": CLOSING}}}, tmp_path / "it.ckpt")
+    model = loaded(export(str(tmp_path / "it.ckpt"), str(tmp_path / "hf")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template == CLOSING
+    assert tokenizer.pad_token == "<|pad|>"
+    assert model.config.pad_token_id == tokenizer.pad_token_id == model.config.vocab_size - 1
+
+
+READINGS = {
+    "no end token": {"end_token": False},
+    "texts": {"chat": Chat(template="package:data/templates/transcript.jinja", texts=True)},
+    "variables": {"chat": Chat(template=None, variables={"end": "<unk>"}, texts=True)},
+}
+
+
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+def test_a_scorer_reads_texts_as_training_did(tiny_llama, tmp_path, reading):
+    if not getattr(reading.get("chat"), "template", "none"):
+        (tmp_path / "closing.jinja").write_text(CLOSING)
+        reading = {"chat": replace(reading["chat"], template=str(tmp_path / "closing.jinja"))}
+    reward, saver = small_runs.module(tiny_llama, cls=RewardModule), ModelCheckpoint(tmp_path)
+    run = {"callbacks": [saver, ExportHF(str(tmp_path / "callback"))], "enable_checkpointing": True}
+    small_runs.fit(tmp_path, reward, small_runs.data(tiny_llama, **reading), max_steps=2, max_epochs=1, **run)
+    some = small_runs.rows(3, 3)
+    scored = PreferenceDataModule(test=some, tokenizer=tiny_llama, **reading)
+    (expected,) = small_runs.trainer(tmp_path).predict(reward, scored)
+    prompts = [row["prompt"] for row in some for _ in range(2)]
+    responses = [row[name] for row in some for name in ("chosen", "rejected")]
+    export(saver.best_model_path, str(tmp_path / "hf"))
+    for place in (saver.best_model_path, tmp_path / "callback", tmp_path / "hf"):
+        found = torch.tensor(RewardModel(str(place)).score(prompts, responses))
+        torch.testing.assert_close(found, expected.rewards.flatten(), atol=1e-5, rtol=0)
+    if "chat" in reading:
+        other = torch.tensor(RewardModel(str(tmp_path / "hf"), chat=Chat()).score(prompts, responses))
+        assert (other - expected.rewards.flatten()).abs().max() > 1e-3

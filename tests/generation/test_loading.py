@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from dpo_lightning import SFTModule
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation.loading import identity, load, load_tokenizer
+from dpo_lightning.generation import loading
+from dpo_lightning.generation.loading import load, load_tokenizer, which_model
 from dpo_lightning.models.adapters import LoRA
 
 IDS = torch.tensor([[1, 5, 9, 20, 31, 7]])
@@ -101,14 +102,29 @@ def test_a_model_that_gives_numbers_is_refused(tiny_llama, tmp_path):
 
 def test_a_model_that_was_trained_anew_is_another(tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    first = identity(str(folder))
+    first = which_model(str(folder))
     assert first["model"] == str(folder)
-    assert identity(str(folder)) == first
+    assert which_model(str(folder)) == first
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.01)
     model.save_pretrained(folder)
-    second = identity(str(folder))
+    second = which_model(str(folder))
     assert {name for name in first if first[name] != second[name]} == {"weights"}
-    assert identity("owner/model") == {"model": "owner/model"}
+    assert which_model("owner/model") == {"model": "owner/model"}
+
+
+@pytest.mark.parametrize("most", [256 << 20, 64 << 10], ids=["whole", "in chunks"])
+def test_a_copy_is_the_same_model_and_one_with_another_middle_is_not(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(loading, "MOST_READ", most)
+    (tmp_path / "first").mkdir()
+    content = bytearray(range(256)) * (3 << 12)  # 3 MiB
+    (tmp_path / "first/model.safetensors").write_bytes(content)
+    copy = shutil.copytree(tmp_path / "first", tmp_path / "second", copy_function=shutil.copyfile)
+    expected = which_model(str(tmp_path / "first"))["weights"]
+    assert which_model(str(copy))["weights"] == expected
+    middle = slice(5 << 18, 7 << 18)  # as long as a matrix of weights, far from both ends
+    content[middle] = bytes(byte ^ 1 for byte in content[middle])
+    (copy / "model.safetensors").write_bytes(content)
+    assert which_model(str(copy))["weights"] != expected

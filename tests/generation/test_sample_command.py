@@ -137,6 +137,7 @@ def test_two_ranks_write_the_file_of_one(here, whole, tiny_llama, two_ranks):
     assert not list(here.glob("out.jsonl.rank*"))
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_where_two_were_killed_and_two_where_one_was(here, whole, tiny_llama, two_ranks, monkeypatch):
     two_ranks.run(two_ranks_sample.run_until, str(here), tiny_llama, SETTINGS, 2)
     assert len(Path("out.jsonl").read_text().splitlines()) == 6

@@ -63,9 +63,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/completions":
             return self.send(404, {"error": {"message": f"no {self.path}"}})
         if self.server.left is not None and self.server.left < 0:
-            return self.send(403, {"error": {"message": "the budget is spent"}})
+            return self.send(403, {"error": {"message": f"the budget is spent, {self.headers['Authorization']}"}})
         if not self.server.tokens and not (isinstance(body["prompt"], str) and "top_k" not in body):
-            return self.send(400, {"error": {"message": "prompt must be a string"}})
+            return self.send(400, {"error": {"message": f"{self.headers['Authorization']}: give a string"}})
         if isinstance(failure, int):
             return self.send(failure, {"error": {"message": "not now"}}, {"Retry-After": "0.01"})
         if failure == "slow":
@@ -263,3 +263,15 @@ def test_another_model_of_the_server_is_another_call(ask):
     ask()
     with pytest.raises(UsageError, match="was begun with server_model = 'mine', and now it is 'yours'"):
         ask(server_model="yours")
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(vllm, ask, monkeypatch, caplog):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    vllm.tokens = False
+    ask(server_key_variable="MY_KEY")
+    assert "Bearer ***: give a string" in caplog.text
+    assert "sk-secret" not in caplog.text
+    vllm.left = 0
+    with pytest.raises(UsageError, match=r"the budget is spent, Bearer \*\*\*") as refusal:
+        ask("other.jsonl", server_key_variable="MY_KEY")
+    assert "sk-secret" not in str(refusal.value)

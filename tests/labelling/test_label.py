@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, first_shown, longer
@@ -273,3 +274,20 @@ def test_comparisons_that_mostly_tie_are_read_too(tmp_path, tiny_llama):
     data = PreferenceDataModule(train=str(tmp_path / "out.jsonl"), tokenizer=tiny_llama, batch_size=100)
     data.setup("fit")
     assert len(data.examples["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "answers", "words"),
+    [
+        ("samples.jsonl", None, "is both `samples` and `out`; name another file for `out`"),
+        ("./samples.jsonl", None, "is both `samples` and `out`"),
+        ("out.jsonl", "out.jsonl", "is both `out` and `answers`"),
+        ("out.jsonl", "samples.jsonl", "is both `samples` and `answers`"),
+    ],
+)
+def test_no_file_is_written_over_another(samples, tmp_path, monkeypatch, out, answers, words):
+    monkeypatch.chdir(tmp_path)
+    before = Path(samples).read_text()
+    with pytest.raises(UsageError, match=words):
+        label(samples, out, labeller=LENGTH, answers=answers, overwrite=True)
+    assert Path(samples).read_text() == before

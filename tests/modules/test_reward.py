@@ -6,6 +6,7 @@ import pytest
 import small_runs
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small_runs import data, trainer
 from transformers import AutoModelForSequenceClassification
 
@@ -209,3 +210,43 @@ def test_a_plan_of_memory_counts_a_head_and_no_vocabulary(tiny_llama, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
     assert found.weights == pytest.approx(4 * sum(weight.numel() for weight in model.parameters()), rel=0.01)
     assert found.reference == 0
+
+
+class StopAt(Callback):
+    """Ends a fit behind a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+EARLY = EarlyStopping("train/loss", stopping_threshold=1e6, check_on_train_epoch_end=True)
+
+
+@pytest.mark.parametrize(
+    ("stop", "step", "split", "settings"),
+    [(StopAt(2), 2, "val", {}), (StopAt(2), 2, "train", {"limit_val_batches": 0}), (EARLY, 4, "val", {})],
+    ids=["behind a step", "without validation", "behind the epoch"],
+)
+def test_a_fit_that_a_callback_ends_has_an_offset_of_its_last_weights(
+    tiny_llama, tmp_path, stop, step, split, settings
+):
+    reward, source = module(tiny_llama), data(tiny_llama)
+    settings = {"max_steps": 100, "val_check_interval": 3, "check_val_every_n_epoch": None, **settings}
+    small_runs.fit(tmp_path, reward, source, callbacks=[stop], **settings)
+    assert reward._offset_step == step
+    assert reward.offset == pytest.approx(mean_reward(reward, source, split), abs=1e-6)
+
+
+def test_the_last_checkpoint_of_a_fit_that_time_ends_has_it(tiny_llama, tmp_path):
+    reward, source = module(tiny_llama), data(tiny_llama)
+    saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    small_runs.fit(
+        tmp_path, reward, source, max_steps=100, limit_val_batches=0, callbacks=[StopAt(2), saver],
+        enable_checkpointing=True,
+    )  # fmt: skip
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["reward_offset"]
+    assert saved == {"value": reward.offset, "step": 2}

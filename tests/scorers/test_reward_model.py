@@ -57,7 +57,7 @@ def test_responses_to_one_prompt_share_it(exported):
     examples = [
         found
         for found, _ in tokenization(
-            [scorers._example(p, r, tokenization.tokenizer) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+            [scorers._example(p, r, tokenization) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
         )
     ]
     joined = scorers._joined(examples, most=1000)
