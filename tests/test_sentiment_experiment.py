@@ -131,11 +131,7 @@ def test_the_fitted_sentiment_by_hand(monkeypatch, tmp_path):
     fitted = {"token_pattern": r"(?u)\b\w\w+\b", "intercept": 0.0, "vocab": {"good": [2.0, 1.0], "bad": [1.0, -3.0]}}
     (tmp_path / "fitted.json.gz").write_bytes(gzip.compress(json.dumps(fitted).encode()))
     scorer = FittedSentiment(path=str(tmp_path / "fitted.json.gz"))
-<<<<<<< HEAD
     # A word alone has length 1 whatever its idf: sigma(1). Of both, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) is -0.4472.
-=======
-    # One word has length 1 whatever its weight: sigma(1). Of good and bad, (2 * 1 - 1 * 3) / sqrt(2 ** 2 + 1) = -0.447.
->>>>>>> fix2
     assert scorer.score(["", "Good ", "a "], ["good", "x bad", "film"]) == pytest.approx(
         [0.7311, 0.3900, 0.5], abs=1e-4
     )
