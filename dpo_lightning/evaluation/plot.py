@@ -72,6 +72,7 @@ def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
 
 def _name_bounds(axes: Any, points: Sequence[Point]) -> None:
     """Names beside points, those of larger KL first, where they have room; the axes have their scale and limits."""
+    axes.get_xlim(), axes.get_ylim()  # finds the limits, which are found no sooner
     places: list[tuple[float, float]] = []
     for point in sorted((point for point in points if point.kl_is_bound), key=lambda point: -point.kl):
         x, y = axes.transData.transform((point.kl, point.reward))
