@@ -106,6 +106,15 @@ def test_a_method_has_a_colour_and_a_bound_is_dashed_and_called_one():
     assert colours(DPO) == {"DPO": COLOURS[0]}
 
 
+def test_bounds_have_their_names_beside_them_where_there_is_room():
+    places = [(1, 0.0, 0.0), (4, 0.6, 0.8), (32, 2.48, 0.999), (64, 2.5, 1.0)]
+    bounds = [
+        Point(method="Best of N", label=f"N = {n}", kl=kl, reward=reward, kl_is_bound=True) for n, kl, reward in places
+    ]
+    (axes,) = draw(bounds).axes
+    assert [text.get_text() for text in axes.texts] == ["N = 64", "N = 4", "N = 1"]
+
+
 def test_the_picture_is_a_png(tmp_path):
     with pytest.raises(UsageError, match=r"as in out\.png"):
         frontier([], "out.pdf")
