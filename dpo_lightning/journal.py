@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -126,6 +127,44 @@ def as_json(value: Any, indent: int | None = None) -> str:
     except UnicodeEncodeError:
         return json.dumps(value, indent=indent)
     return text
+
+
+class Book:
+    """What was found and is kept, so that nothing is asked for twice; a subclass says what it is.
+
+    Args:
+        path: File that keeps it; without one it is kept in memory.
+        holds: What lies in the file, in words.
+        overwrite: Begin the file anew.
+
+    Attributes:
+        rows: What was there when it was opened.
+    """
+
+    def __init__(self, path: Path | None, holds: str, overwrite: bool = False) -> None:
+        self._journal = None if path is None else Journal(path, {"holds": holds}, overwrite)
+        self.rows = [] if self._journal is None else self._journal.rows
+
+    def keep(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows down, where there is a file."""
+        if self._journal is not None:
+            self._journal.append(rows)
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let others write to the file."""
+        if self._journal is not None:
+            self._journal.close()
+
+
+def digest_of(*parts: Any) -> str:
+    """A key of plain data: another one wherever the data are."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

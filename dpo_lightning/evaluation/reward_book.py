@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.rewards import Drawn, Measured
-from dpo_lightning.journal import Journal
-from dpo_lightning.scorers import Scorer
-
-KEPT = {"holds": "rewards, in the order of a prompt's samples, by a digest of scorer, prompt and samples"}
+from dpo_lightning.journal import Book, digest_of
+from dpo_lightning.scorers import Scorer, scores_of
 
 
-class RewardBook:
+class RewardBook(Book):
     """The rewards that scorers gave.
 
     Args:
@@ -27,8 +21,9 @@ class RewardBook:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self._journal = Journal(path, KEPT, overwrite)
-        self._known: dict[str, list[float]] = {row["digest"]: row["rewards"] for row in self._journal.rows}
+        holds = "rewards, in the order of a prompt's samples, by a digest of scorer, prompt and samples"
+        super().__init__(path, holds, overwrite)
+        self._known: dict[str, list[float]] = {row["digest"]: row["rewards"] for row in self.rows}
 
     def measured(self, drawn: Sequence[Drawn], scorer: Scorer, chooser: Scorer | None = None) -> list[Measured]:
         """Samples with their rewards; a scorer is not asked for what it said before, as long as it stays as it was.
@@ -47,26 +42,16 @@ class RewardBook:
 
     def _of(self, drawn: Sequence[Drawn], scorer: Scorer) -> list[list[float]]:
         mark = scorer.fingerprint()
-        digests = [_digest(mark, one) for one in drawn]
+        digests = [digest_of(mark, one.row, one.prompt, one.responses) for one in drawn]
         new = {key: one for key, one in zip(digests, drawn, strict=True) if key not in self._known}
         if new:
             found = rewarded(scorer, list(new.values()))
-            self._journal.append(
+            self.keep(
                 {"row": one.drawn.row, "scorer": type(scorer).__name__, "rewards": one.rewards, "digest": key}
                 for key, one in zip(new, found, strict=True)
             )
             self._known |= {key: one.rewards for key, one in zip(new, found, strict=True)}
         return [self._known[key] for key in digests]
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let others write to the file."""
-        self._journal.close()
 
 
 def rewarded(scorer: Scorer, drawn: Sequence[Drawn]) -> list[Measured]:
@@ -76,21 +61,12 @@ def rewarded(scorer: Scorer, drawn: Sequence[Drawn]) -> list[Measured]:
         UsageError: If the scorer gives what is no number a response.
     """
     prompts = [one.prompt for one in drawn for _ in one.responses]
-    rewards = scorer.score(prompts, [response for one in drawn for response in one.responses])
-    if len(rewards) != len(prompts):
-        raise UsageError(
-            f"{type(scorer).__name__} gave {len(rewards)} numbers for {len(prompts)} responses; it must give one each."
-        )
+    rewards = scores_of(scorer, prompts, [response for one in drawn for response in one.responses])
     measured, start = [], 0
     for one in drawn:
-        own = [float(reward) for reward in rewards[start : start + len(one.responses)]]
+        own = rewards[start : start + len(one.responses)]
         if not all(map(isfinite, own)):
             raise UsageError(f"{type(scorer).__name__} gave a response to prompt {one.row} a reward that is no number.")
         measured.append(Measured(one, own))
         start += len(own)
     return measured
-
-
-def _digest(mark: str, drawn: Drawn) -> str:
-    content = json.dumps([mark, drawn.row, drawn.prompt, drawn.responses]).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

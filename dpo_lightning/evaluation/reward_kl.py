@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from dpo_lightning.evaluation.rewards import (
 )
 from dpo_lightning.generation.loading import load
 from dpo_lightning.generation.prompts import end_tokens, read_prompts
-from dpo_lightning.journal import Journal
+from dpo_lightning.journal import Journal, digest_of
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.selfcheck import choose_layout
@@ -188,8 +186,8 @@ def _engine(model: Model, reference: CausalPolicy, chat: Chat | None, max_prompt
 
 def _digest(engine: Engine, prompts: Sequence[Numbered]) -> str:
     """Changes whenever what the policy is given does, or what ends its answers."""
-    given = [[one.ids for one in engine.asked(prompts)], end_tokens(engine.tokenizer, prompts, engine.chat)]
-    return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
+    ids = [one.ids for one in engine.asked(prompts)]
+    return digest_of(ids, end_tokens(engine.tokenizer, prompts, engine.chat))
 
 
 def _measure(

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dpo_lightning.journal import Journal
+from dpo_lightning.journal import Book, digest_of
 from dpo_lightning.recipes import identity
 from dpo_lightning.server import Messages, Server, Spent
 
-KEPT = {"holds": "answers, each by a digest of model, settings and question"}
 
-
-class AnswerBook:
+class AnswerBook(Book):
     """A server with the answers that it gave.
 
     Args:
@@ -32,10 +27,10 @@ class AnswerBook:
 
     def __init__(self, server: Server, path: Path | None = None) -> None:
         self.server, self._mark = server, identity(server)
-        self._journal = None if path is None else Journal(path, KEPT)
-        rows = [] if self._journal is None else self._journal.rows
-        self._known: dict[str, str] = {row["digest"]: row["text"] for row in rows}
-        self.spent = Spent(len(rows), *(sum(row[name] for row in rows) for name in ("input_tokens", "output_tokens")))
+        super().__init__(path, "answers, each by a digest of model, settings and question")
+        self._known: dict[str, str] = {row["digest"]: row["text"] for row in self.rows}
+        counts = (sum(row[name] for row in self.rows) for name in ("input_tokens", "output_tokens"))
+        self.spent = Spent(len(self.rows), *counts)
         self.failed: dict[str, int] = {}
 
     def of(self, questions: Sequence[Messages], notes: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -48,7 +43,7 @@ class AnswerBook:
         Raises:
             UsageError: If the server cannot be asked, or a cap is reached; what was answered is kept.
         """
-        keys = [self._digest(question) for question in questions]
+        keys = [digest_of(self._mark, question) for question in questions]
         places = sorted({key: place for place, key in enumerate(keys) if key not in self._known}.values())
         coming = self.server.ask([questions[place] for place in places], self.spent)
         hidden = None if places else True
@@ -62,21 +57,6 @@ class AnswerBook:
                 key, note = keys[places[number]], notes[places[number]]
                 counts = {"input_tokens": answer.spent.input_tokens, "output_tokens": answer.spent.output_tokens}
                 row = {"digest": key, **note, "text": answer.text, "model": answer.model, **counts}
-                if self._journal is not None:
-                    self._journal.append([row])
+                self.keep([row])
                 self._known[key], self.spent = answer.text, self.spent.plus(answer.spent)
         return [self._known.get(key) for key in keys]
-
-    def _digest(self, question: Messages) -> str:
-        return hashlib.blake2b(json.dumps([self._mark, question]).encode(), digest_size=16).hexdigest()
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let others write to the file."""
-        if self._journal is not None:
-            self._journal.close()

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.checkpoints.reading import is_sharded, read_without_weights
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.collate import collate
@@ -91,7 +91,7 @@ class RewardModel(Scorer):
         examples = sorted(_joined(self._tokenized(prompts, responses, start), self.batch_tokens), key=_weight)
         rewards = [0.0] * len(responses)
         for part in runs(np.array(list(map(_weight, examples))), self.batch_tokens):
-            batch = _moved(collate([example for example, _ in examples[part]]), model.model.device)
+            batch = move_data_to_device(collate([example for example, _ in examples[part]]), model.model.device)
             found = model(batch).float() - offset
             for (_, places), row in zip(examples[part], found.tolist(), strict=True):
                 for place, reward in zip(places, row, strict=False):
@@ -184,8 +184,3 @@ def _joined(examples: Sequence[TokenizedExample], most: int) -> list[tuple[Token
 
 def _weight(example: tuple[TokenizedExample, Any]) -> int:
     return example[0].num_tokens
-
-
-def _moved(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
-    parts = {name: part.to(device) for name, part in batch._asdict().items() if isinstance(part, torch.Tensor)}
-    return batch._replace(**parts)  # type: ignore[arg-type]
