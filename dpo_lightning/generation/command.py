@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from dpo_lightning.generation.plan import Sampling, plan
 from dpo_lightning.generation.prompts import Asked, end_tokens, read_prompts, read_template, tokenized, unescaped
 from dpo_lightning.generation.server import continue_by_server
 from dpo_lightning.paths import resolve
+from dpo_lightning.server import Connection
 
 LINES = (".jsonl", ".ndjson")
 
@@ -106,7 +108,7 @@ def sample_prompts(
             raise UsageError(f"--{name} must be 1 or more, got {value}.")
     if server_retries < 0 or server_timeout <= 0:
         raise UsageError(f"--server_retries {server_retries} --server_timeout {server_timeout}: 0 or more, above 0.")
-    _check_server(server, server_model, devices, num_nodes)
+    _check_server(server, server_model, server_key_variable, devices, num_nodes)
     read = read_prompts(prompts, column, max_prompts)
     tokenizer = load_tokenizer(model, base=base, trust_remote_code=trust_remote_code)
     sampling = Sampling(
@@ -124,11 +126,11 @@ def sample_prompts(
     settings |= {"column": column, "max_prompts": max_prompts, "max_prompt_length": max_prompt_length}
     settings |= {"template": template, "prompts": _digest(asked, sampling)}
     if server is not None:
-        ask = functools.partial(
-            continue_by_server, tokenizer=tokenizer, url=server, model=server_model or "",
-            key_variable=server_key_variable, timeout=server_timeout, retries=server_retries,
-            concurrency=server_concurrency,
+        connection = Connection(
+            url=server, model=server_model or "", key_variable=server_key_variable, timeout=server_timeout,
+            retries=server_retries, concurrency=server_concurrency,
         )  # fmt: skip
+        ask = functools.partial(continue_by_server, tokenizer=tokenizer, connection=connection)
         settings = {"server_model": server_model, "tokenizer": model, **settings}
         chunks = plan(lengths, sampling, batch_size=1, batch_tokens=batch_tokens)  # each prompt by itself
         alone = Fabric(accelerator="cpu", devices=1)
@@ -154,7 +156,9 @@ def _check(out: str, prompts: str | Source) -> None:
         raise UsageError(f"{out} is the file of the prompts; name another for the samples.")
 
 
-def _check_server(server: str | None, model: str | None, devices: int | str, num_nodes: int) -> None:
+def _check_server(
+    server: str | None, model: str | None, key_variable: str | None, devices: int | str, num_nodes: int
+) -> None:
     if server is None and model is not None:
         raise UsageError("--server_model is the name that a server has for a model; give the address by --server.")
     if server is None:
@@ -163,6 +167,8 @@ def _check_server(server: str | None, model: str | None, devices: int | str, num
         raise UsageError(f"--server is an address as http://host:8000/v1, got {server!r}.")
     if model is None:
         raise UsageError("--server needs --server_model, what the server calls the model.")
+    if key_variable is not None and key_variable not in os.environ:
+        raise UsageError(f"--server_key_variable: there is no environment variable {key_variable}; set it to the key.")
     if devices != "auto" or num_nodes != 1:
         raise UsageError("--devices and --num_nodes are of a model that runs here; with --server leave them out.")
 

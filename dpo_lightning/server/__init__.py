@@ -1,6 +1,6 @@
-"""Chat completions from servers that speak OpenAI's protocol."""
+"""Servers that speak OpenAI's protocol."""
 
-from dpo_lightning.server.line import Answer, Messages, Spent
-from dpo_lightning.server.settings import Server
+from dpo_lightning.server.chat import Answer, Messages, Server, Spent
+from dpo_lightning.server.line import Connection, Line, Refused
 
-__all__ = ["Answer", "Messages", "Server", "Spent"]
+__all__ = ["Answer", "Connection", "Line", "Messages", "Refused", "Server", "Spent"]

@@ -1,179 +1,223 @@
-"""One round of questions to a server: what is asked again, and what ends the run."""
+"""Requests to a server that speaks OpenAI's protocol: what is made again, and what ends the run."""
 
-from __future__ import annotations
-
+# Annotations are not postponed: jsonargparse reads those of a base class with the names of the subclass's file.
 import os
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from dpo_lightning.errors import UsageError
 
-if TYPE_CHECKING:
-    from dpo_lightning.server.settings import Server
-
-Messages = list[dict[str, Any]]
+Result = TypeVar("Result")
+Name = TypeVar("Name")
 LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait
-REFUSED = (400, 413, 422)  # what is wrong with one question, as where it is too long
+REFUSED = (400, 413, 422)  # what is wrong with one request, as where it is too long
 RETRIED = (408, 409, 425, 429)
-MANY_REFUSED = 8
-NO_KEY = "none"
+NO_KEY = "none"  # the client wants one
 
 
-class Spent(NamedTuple):
-    """What was asked.
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Where a server is, and how it is asked.
 
-    Attributes:
-        requests: Questions that were answered.
-        input_tokens: Tokens of the questions.
-        output_tokens: Tokens of the answers.
+    Args:
+        url: Its address, as in http://localhost:8000/v1.
+        model: Name of the model.
+        key_variable: Environment variable that holds the key; many servers on one's own machine need none.
+        timeout: Seconds to wait for an answer.
+        retries: How often a question is asked again.
+        first_wait: Seconds before that, doubled each time, up to a minute.
+        concurrency: Questions at a time.
     """
 
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
+    url: str
+    model: str
+    key_variable: str | None = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    retries: int = 6
+    first_wait: float = 1.0
+    concurrency: int = 16
 
-    def plus(self, other: Spent) -> Spent:
-        """Both together."""
-        return Spent(*(mine + others for mine, others in zip(self, other, strict=True)))
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError(f"`url` must begin with http:// or https://, got {self.url!r}.")
+        if self.concurrency < 1:
+            raise UsageError(f"`concurrency` must be 1 or more, got {self.concurrency}.")
+        for name in ("retries", "first_wait"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.timeout <= 0:
+            raise UsageError(f"`timeout` must be more than 0 seconds, got {self.timeout}.")
 
 
-class Answer(NamedTuple):
-    """What came back.
+class Refused(UsageError):
+    """A request that the server takes for wrong.
 
     Attributes:
-        text: The answer; None where the server refused or failed this question and answered others.
-        spent: What it took.
-        model: What answered, as the server calls it.
-        error: Why there is none.
+        said: What it says of it.
     """
 
-    text: str | None
-    spent: Spent = Spent()
-    model: str = ""
-    error: str = ""
+    def __init__(self, url: str, said: str) -> None:
+        super().__init__(f"{url} refuses what it is asked ({said}).")
+        self.said = said
+
+
+class Unanswered(UsageError):
+    """A request that was made as often as the settings say.
+
+    Attributes:
+        trouble: What went wrong the last time.
+    """
+
+    def __init__(self, url: str, attempts: int, trouble: str) -> None:
+        super().__init__(
+            f"{url} gave no answer when asked {attempts} times; the last time {trouble}. What was answered is kept; "
+            "give the same command to go on, with a longer timeout or more retries if need be."
+        )
+        self.trouble = trouble
 
 
 class Line:
-    """The connections of one round of questions."""
+    """Requests to one server, many at a time.
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.openai = server, _library()
-        self.stop, self.pool = threading.Event(), ThreadPoolExecutor(server.concurrency)
-        self.key = os.environ.get(server.key_variable) or NO_KEY
-        self.client = self.openai.OpenAI(
-            base_url=server.url,
-            api_key=self.key,
+    Args:
+        connection: Where and how.
+
+    Raises:
+        UsageError: If the library that asks is not there.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self._openai = connection, _library()
+        self._stop, self._pool = threading.Event(), ThreadPoolExecutor(connection.concurrency)
+        self._key = os.environ.get(connection.key_variable or "") or NO_KEY
+        self._client = self._openai.OpenAI(
+            base_url=connection.url,
+            api_key=self._key,
             max_retries=0,  # the library's own waits can be neither set nor broken off
-            timeout=self.openai.Timeout(server.timeout, connect=min(server.timeout, 10.0)),
+            timeout=self._openai.Timeout(connection.timeout, connect=min(connection.timeout, 10.0)),
         )
-        self.reached, self.answered, self.refused = False, 0, 0
-        self.refusal: UsageError | None = None  # where the server has answered nothing
+        self._reached = False
 
     def close(self) -> None:
         """Ask nothing more."""
-        self.stop.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.client.close()
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
 
-    def answer(self, question: Messages) -> Answer:
-        """The answer to one question, asked as often as it takes.
+    def results(
+        self, next_job: Callable[[], tuple[Name, Callable[[], Result]] | None]
+    ) -> Iterator[tuple[Name, Result]]:
+        """What jobs give, as it comes, with their names; the first error ends it, behind what others gave.
+
+        Args:
+            next_job: A job and its name; None where there is none at the moment, until another has ended.
 
         Raises:
-            UsageError: If the server cannot be asked.
+            UsageError: If a job does.
         """
-        server, answered_before, trouble = self.server, self.answered, ""
-        for attempt in range(server.retries + 1):
+        running, trouble = dict[Future[Result], Name](), None
+        while True:
+            while trouble is None and len(running) < self.connection.concurrency and (job := next_job()) is not None:
+                running[self._pool.submit(job[1])] = job[0]
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    result = future.result()
+                except UsageError as error:
+                    trouble = trouble or error
+                    self._stop.set()
+                else:
+                    yield name, result
+        if trouble is not None:
+            raise trouble
+
+    def ask(self, request: Callable[[Any], Result]) -> Result:
+        """What a request gives, made as often as it takes.
+
+        What is busy, slow or broken for a moment (429, 5xx, no answer in time, an answer without sense) is asked again.
+
+        Args:
+            request: Makes it, given a client of openai's; a ValueError says that the answer makes no sense.
+
+        Raises:
+            Refused: If the server takes it for wrong.
+            Unanswered: If there was no answer.
+            UsageError: If the server cannot be asked at all.
+        """
+        connection, trouble = self.connection, ""
+        for attempt in range(connection.retries + 1):
             pause = 0.0
             try:
-                answer = self._ask(question)
-                self.answered, self.refusal = self.answered + 1, None
-                return answer
-            except self.openai.APIConnectionError as error:
-                slow = (
-                    isinstance(error, self.openai.APITimeoutError) and "Connect" not in type(error.__cause__).__name__
-                )
-                if not slow and not self.reached:
-                    raise UsageError(
-                        f"There is no server at {server.url} ({error.__cause__ or error}). Is it running, and is the "
-                        "address right?"
-                    ) from error
-                trouble = f"no answer in {server.timeout} s" if slow else f"no connection ({error.__cause__})"
-            except self.openai.APIStatusError as error:
-                self.reached = True
+                result = request(self._client)
+                self._reached = True
+                return result
+            except self._openai.APIConnectionError as error:
+                trouble = self._no_answer(error)
+            except self._openai.APIStatusError as error:
+                self._reached = True
+                said = f"status {error.status_code}: {self._said(error)}"
                 if error.status_code in REFUSED:
-                    return self._refused(error)
+                    raise Refused(connection.url, said) from error
                 self._end_if_hopeless(error)
-                trouble, pause = f"status {error.status_code}: {self._said(error)}", _asked_to_wait(error)
+                trouble, pause = said, _asked_to_wait(error)
             except ValueError as error:
-                self.reached = True
-                trouble = f"an answer that is no chat completion ({error})"
-            if attempt < server.retries:
-                backoff = min(60.0, server.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
-                if self.stop.wait(max(backoff, min(pause, LONGEST_WAIT))):
+                self._reached = True
+                trouble = f"an answer that makes no sense ({error})"
+            if attempt < connection.retries:
+                backoff = min(60.0, connection.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
+                if self._stop.wait(max(backoff, min(pause, LONGEST_WAIT))):
                     break
-        if self.answered > answered_before:
-            return Answer(None, error=trouble)
+        raise Unanswered(connection.url, attempt + 1, trouble)
+
+    def _no_answer(self, error: Any) -> str:
+        slow = isinstance(error, self._openai.APITimeoutError) and "Connect" not in type(error.__cause__).__name__
+        if slow:
+            return f"no answer in {self.connection.timeout} s"
+        if self._reached:
+            return f"no connection ({error.__cause__})"
         raise UsageError(
-            f"{server.url} gave no answer when asked {attempt + 1} times; the last time {trouble}. What was answered "
-            "is kept; give the same command to go on, with more `timeout` or `retries` if need be."
-        )
-
-    def _ask(self, question: Messages) -> Answer:
-        server = self.server
-        options: dict[str, Any] = {server.limit_name: server.max_tokens}
-        if server.temperature is not None:
-            options["temperature"] = server.temperature
-        completion: Any = self.client.chat.completions.create(
-            model=server.model, messages=question, extra_body=server.options, **options
-        )
-        if not getattr(completion, "choices", None) or getattr(completion.choices[0], "message", None) is None:
-            raise ValueError(f"{completion!r:.80}")
-        self.reached = True
-        usage = completion.usage
-        counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage is not None else (0, 0)
-        return Answer(completion.choices[0].message.content or "", Spent(1, *counts), completion.model or "")
-
-    def _refused(self, error: Any) -> Answer:
-        said = f"status {error.status_code}: {self._said(error)}"
-        self.refused += 1
-        self.refusal = None if self.answered else UsageError(f"{self.server.url} refuses every question ({said}).")
-        if self.refusal is not None and self.refused >= MANY_REFUSED:
-            raise self.refusal from error
-        return Answer(None, error=said)
+            f"There is no server at {self.connection.url} ({error.__cause__ or error}). Is it running, and is the "
+            "address right?"
+        ) from error
 
     def _end_if_hopeless(self, error: Any) -> None:
-        server, status, code = self.server, error.status_code, getattr(error, "code", None)
+        url, status = self.connection.url, error.status_code
+        said = f"status {status}: {self._said(error)}"
         if status in (401, 403):
-            has = "holds a key that it refuses" if self.key != NO_KEY else "is not set"
-            raise UsageError(
-                f"{server.url} wants another key (status {status}: {self._said(error)}). The environment variable "
-                f"{server.key_variable} {has}; set it, or name another by `key_variable`."
-            ) from error
+            raise UsageError(f"{url} wants another key ({said}). {self._about_key()}") from error
         if status == 404:
             raise UsageError(
-                f"{server.url} knows no model {server.model!r}, or no chat completions at this address, which as a "
-                f"rule ends in /v1 (status 404: {self._said(error)}).{self._models()}"
+                f"{url} knows no model {self.connection.model!r}, or nothing at this address, which mostly ends in /v1 "
+                f"({said}).{self._models()}"
             ) from error
-        if code == "insufficient_quota" or (status < 500 and status not in RETRIED):
-            raise UsageError(f"{server.url} cannot be asked (status {status}: {self._said(error)}).") from error
+        if getattr(error, "code", None) == "insufficient_quota" or (status < 500 and status not in RETRIED):
+            raise UsageError(f"{url} cannot be asked ({said}).") from error
+
+    def _about_key(self) -> str:
+        variable = self.connection.key_variable
+        if variable is None:
+            return "No key was sent; name the environment variable that holds one by `key_variable`."
+        has = "holds a key that it refuses" if self._key != NO_KEY else "is not set"
+        return f"The environment variable {variable} {has}; set it, or name another by `key_variable`."
 
     def _said(self, error: Any) -> str:
+        """What the server said, without the key, which some repeat."""
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
-        return masked(str(message or error.message), self.key)[:300]
+        said = str(message or error.message)
+        return (said if self._key == NO_KEY else said.replace(self._key, "***"))[:300]
 
     def _models(self) -> str:
         try:
-            names = [model.id for model in self.client.models.list().data[:10]]
+            names = [model.id for model in self._client.models.list().data[:10]]
         except Exception:  # it was a guess
             return ""
         return f" It has {', '.join(map(repr, names))}." if names else ""
-
-
-def masked(said: str, key: str) -> str:
-    """What a server said, without the key, which some repeat."""
-    return said if key in ("", NO_KEY) else said.replace(key, "***")
 
 
 def _asked_to_wait(error: Any) -> float:

@@ -34,11 +34,13 @@ ALPHAS = (0.05, 0.1, 0.5, 1)
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 GRAMMAR: dict[str, Any] = {
     "sft_lr": 3e-3, "sft_batch_size": 64, "sft_epochs": 1, "review_length": 128, "precision": "32-true",
-    "lr": 1e-4, "max_steps": 240, "every_n_steps": 30, "end_token": "true", "num_samples": 4, "max_new_tokens": 64,
+    "lr": 1e-4, "batch_size": 64, "max_steps": 240, "every_n_steps": 30, "end_token": "true", "num_samples": 4,
+    "max_new_tokens": 64,
 }  # fmt: skip
 IMDB: dict[str, Any] = {
     "sft_lr": 1e-3, "sft_batch_size": 64, "sft_epochs": 2, "review_length": 192, "precision": "bf16-mixed",
-    "lr": 1e-4, "max_steps": 300, "every_n_steps": 30, "end_token": "false", "num_samples": 2, "max_new_tokens": 48,
+    "lr": 1e-4, "batch_size": 32, "max_steps": 150, "every_n_steps": 30, "end_token": "false", "num_samples": 2,
+    "max_new_tokens": 48,
 }  # fmt: skip
 SENTIMENT = {"class_path": "Function", "init_args": {"path": "dpo_lightning.quickstart.grammar.sentiment"}}
 

@@ -11,9 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.generation import read_samples, server
+from dpo_lightning.generation import read_samples
 from dpo_lightning.generation.command import sample_prompts
 from dpo_lightning.generation.plan import seed_of
+from dpo_lightning.server import line
 
 PROMPTS = ["the film was", "a joy", "a joy", "we all loved every minute of this", "Human: what?\n\nAssistant:"]
 WORDS = [" the", " end", " is", " slow", " we", " laughed"]
@@ -111,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def vllm(monkeypatch):
-    monkeypatch.setattr(server, "PAUSE", 0.01)
+    monkeypatch.setattr(line.random, "uniform", lambda least, most: 0.01)  # pauses
     found = VLLM()
     thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -195,30 +196,34 @@ def test_a_request_that_failed_is_sent_again(vllm, ask, failures):
     expected = ask("expected.jsonl")
     vllm.failures, before = failures, len(vllm.asked)
     vllm.counts.clear()
-    assert ask(server_timeout=0.3) == expected
+    assert ask(server_timeout=0.3 if "slow" in failures else 30.0) == expected
     assert len(vllm.asked) - before == (1 + len(failures)) * len(PROMPTS)
 
 
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        (500, "it says 500: .*not now"),
-        (429, "it says 429: .*not now"),
-        ("slow", "it gives no answer in time; give it longer by --server_timeout"),
-        ("malformed", "its answer makes no sense"),
-        ("too few", "its answer makes no sense: 2 completions instead of 3"),
-        ("aborted", "a completion that ended by 'abort'"),
+        (500, "status 500: not now"),
+        (429, "status 429: not now"),
+        ("slow", "no answer in 0.3 s"),
+        ("malformed", "an answer that makes no sense"),
+        ("too few", "an answer that makes no sense .2 completions instead of 3"),
+        ("aborted", "a completion ended by 'abort'"),
     ],
 )
 def test_a_server_that_goes_on_failing_is_given_up(vllm, ask, failure, words):
     vllm.failures = [failure] * 9
-    with pytest.raises(UsageError, match=rf"row \d: the server http://127.*{words}.*call the command again to go on"):
-        ask(server_retries=1, server_timeout=0.3)
+    with pytest.raises(
+        UsageError, match=rf"row \d: http://127.* asked 2 times; .*{words}.*the same command to go on, with a longer"
+    ):
+        ask(server_retries=1, server_timeout=0.3 if failure == "slow" else 30.0)
 
 
 def test_a_refusal_is_not_repeated(vllm, ask):
     vllm.left = 0
-    with pytest.raises(UsageError, match=r"it says 403: .*the budget is spent"):
+    with pytest.raises(
+        UsageError, match=r"row 4: http.* wants another key .status 403: the budget is spent, .*No key was sent"
+    ):
         ask(server_concurrency=1)
     assert len(vllm.asked) == 1
 
@@ -247,7 +252,7 @@ def test_so_many_requests_are_made_at_a_time(vllm, ask):
 
 
 def test_nobody_there_and_no_key_are_said_in_words(ask, monkeypatch):
-    with pytest.raises(UsageError, match=r"the server http://127.0.0.1:9/v1 has not given .* it cannot be reached"):
+    with pytest.raises(UsageError, match=r"row \d: There is no server at http://127.0.0.1:9/v1 .*refused"):
         ask(server="http://127.0.0.1:9/v1", server_retries=0)
     with pytest.raises(UsageError, match="there is no environment variable MY_KEY"):
         ask(server_key_variable="MY_KEY")
