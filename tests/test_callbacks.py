@@ -2,6 +2,7 @@ import math
 
 import divided
 import pytest
+import small_runs
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -13,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lightning import DPOModule, PolicySpec, PreferenceDataModule
 from dpo_lightning.callbacks import ExportHF, LogSamples, ProgressBar
 from dpo_lightning.callbacks.samples import sequence_kl
+from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import Continuation, sample
+from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.losses import DPOLoss, SimPOLoss
 from dpo_lightning.models.adapters import LoRA
 
@@ -100,9 +103,31 @@ def test_prompts_from_a_file(tmp_path):
         UsageError, match=r"bad\.jsonl, row 2: column 'prompt' must hold a prompt.*; the row has 'text'"
     ):
         LogSamples(str(bad))
-    bad.write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
-    with pytest.raises(UsageError, match=r"bad\.jsonl, row 2: LogSamples continues prompts that are text"):
-        LogSamples(str(bad))
+
+
+MESSAGES = [{"role": "user", "content": "the film"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chat"),
+    [(MESSAGES, Chat()), ("the film", Chat(template="package:data/templates/alpaca.jinja", texts=True))],
+    ids=["messages", "texts by a template"],
+)
+def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, capsys, prompt, chat):
+    scored = []
+    callback = LogSamples([prompt], score=lambda text: scored.append(text) or 1.0, max_new_tokens=4, temperature=0)
+    source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9)
+    small_runs.fit(tmp_path, small_runs.module(tiny_llama), source, callbacks=[callback], max_steps=1)
+    tokenizer, asked = AutoTokenizer.from_pretrained(tiny_llama), [(1, prompt)]
+    (expected,) = tokenized(tokenizer, asked, chat=chat, max_length=9)
+    assert len(expected.ids) == 9
+    (before,) = callback.before[0]
+    assert before.prompt_ids == expected.ids
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ends = end_tokens(tokenizer, asked, chat)
+    assert before == sample(model, tokenizer, [expected.ids], max_new_tokens=4, temperature=0, ends=ends)[0]
+    assert scored[0] == ("" if prompt == MESSAGES else prompt) + before.text
+    assert "\n  the film ...\n" in capsys.readouterr().out
 
 
 def test_the_exported_folder_is_the_trained_policy(tiny_llama, tmp_path):

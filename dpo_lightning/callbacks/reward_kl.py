@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from dpo_lightning.callbacks.prompts import numbered, reading_of
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
 from dpo_lightning.evaluation.reward_book import rewarded
-from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Numbered, Score, draw, point_of
-from dpo_lightning.generation.prompts import read_prompts
+from dpo_lightning.evaluation.rewards import Drawing, Drawn, Engine, Score, draw, point_of
 from dpo_lightning.journal import write_whole
 from dpo_lightning.models.shard import is_sharded
 from dpo_lightning.modules.base import PolicyModule
@@ -30,7 +30,7 @@ from dpo_lightning.modules.dpo import DPOModule
 from dpo_lightning.modules.referenced import ReferencedModule
 from dpo_lightning.references.base import FrozenPolicy
 from dpo_lightning.references.synced import Synced
-from dpo_lightning.scorers import Scorer
+from dpo_lightning.scorers import Prompt, Scorer
 
 LOGGED = ("reward", "reward_se", "kl", "kl_se", "length_mean", "finished")
 
@@ -59,7 +59,7 @@ class TrackRewardKL(Callback):
 
     def __init__(
         self,
-        prompts: str | list[str],
+        prompts: str | list[Prompt],
         scorer: Scorer,
         num_samples: int = 4,
         max_new_tokens: int = 64,
@@ -74,9 +74,7 @@ class TrackRewardKL(Callback):
         self.drawing.check()
         if every_n_steps is not None and every_n_steps < 1:
             raise UsageError(f"`every_n_steps` must be 1 or more, got {every_n_steps}.")
-        self.prompts: Sequence[Numbered] = (
-            read_prompts(prompts) if isinstance(prompts, str) else list(enumerate(prompts, start=1))
-        )
+        self.prompts = numbered(prompts)
         self.scorer, self.every_n_steps = scorer, every_n_steps
         self.method, self.label, self.reference = method, label, reference
         self._measured_at = -1
@@ -150,7 +148,6 @@ class TrackRewardKL(Callback):
         """Samples of all prompts, of which ranks draw a share each if they have whole policies."""
         policy = module.policy
         assert policy is not None
-        tokenization = getattr(getattr(trainer, "datamodule", None), "tokenization", None)
         engine = Engine(
             policy.model,
             self._tokenizer,
@@ -158,7 +155,7 @@ class TrackRewardKL(Callback):
             module,
             self._score_by_reference,
             lambda batch: module.transfer_batch_to_device(batch, module.device, 0),
-            *(() if tokenization is None else (tokenization.chat, tokenization.max_prompt_length)),
+            *reading_of(trainer),
         )
         chunks = list(enumerate(self.drawing.chunks(self.prompts)))
         alone = trainer.world_size == 1 or is_sharded(policy)

@@ -12,11 +12,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from dpo_lightning.callbacks.prompts import numbered, reading_of
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.rewards import log_ratios
-from dpo_lightning.generation import Continuation, read_prompts, sample
+from dpo_lightning.generation import Continuation, sample
+from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
+from dpo_lightning.scorers import Prompt
 
 
 class LogSamples(Callback):
@@ -24,11 +27,12 @@ class LogSamples(Callback):
 
     Logs samples as text and, as scalars, their mean length, the share of them unlike every other, the
     sequence-level KL to the reference (samples at temperature 1 and top_p 1 only), and what a score function says.
-    Prints a table of some of them before and after.
+    Prints a table of some of them before and after. Prompts become text and are cut as the data module does it.
 
     Args:
-        prompts: Prompts, or the path of a file of rows with a column prompt.
-        score: Function from prompt and continuation, joined, to a number; above 0 counts as positive.
+        prompts: Prompts, text or messages, or the path of a file of rows with a column prompt.
+        score: Function from prompt and continuation, joined, to a number; above 0 counts as positive. Of a prompt that
+            is messages it is given the continuation alone.
         max_new_tokens: Most tokens of a continuation.
         temperature: 1 samples from the model's own distribution, 0 takes the likeliest token.
         top_p: Sample from the smallest set of tokens that holds this probability.
@@ -38,7 +42,7 @@ class LogSamples(Callback):
 
     def __init__(
         self,
-        prompts: str | list[str],
+        prompts: str | list[Prompt],
         score: Callable[[str], float] | None = None,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
@@ -46,7 +50,8 @@ class LogSamples(Callback):
         num_shown: int = 6,
         seed: int = 0,
     ) -> None:
-        self.prompts = _texts(prompts) if isinstance(prompts, str) else prompts
+        self._numbered = numbered(prompts)
+        self.prompts = [prompt for _, prompt in self._numbered]
         self.score = score
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.num_shown, self.seed = num_shown, seed
@@ -102,9 +107,9 @@ class LogSamples(Callback):
         lines = ["", "Held-out prompts, continued before and after training"]
         shown = zip(self.prompts, self.before[0], self.after[0], strict=True)
         for prompt, before, after in list(shown)[: self.num_shown]:
-            lines.append(f"\n  {prompt} ...")
+            lines.append(f"\n  {_shown(prompt)} ...")
             for label, continuation in (("before", before), ("after", after)):
-                score = "" if self.score is None else f"{self.score(prompt + continuation.text):+.2f} "
+                score = "" if self.score is None else f"{self.score(_joined(prompt, continuation.text)):+.2f} "
                 head = f"    {label:6} {score}"
                 text = "..." + continuation.text.replace("\n", " ")
                 lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
@@ -119,14 +124,17 @@ class LogSamples(Callback):
 
     def _sample(self, trainer: Trainer, module: PolicyModule) -> tuple[list[Continuation], dict[str, float]]:
         assert module.policy is not None
+        chat, max_length = reading_of(trainer)
+        asked = tokenized(self._tokenizer, self._numbered, chat=chat, max_length=max_length)
         continuations = sample(
             module.policy.model,
             self._tokenizer,
-            self.prompts,
+            [one.ids for one in asked],
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,
+            ends=end_tokens(self._tokenizer, self._numbered, chat),
             generate=module.policy.generate,
         )
         figures = self._measure(module, continuations)
@@ -140,7 +148,7 @@ class LogSamples(Callback):
             "distinct": distinct(texts),
         }
         if self.score is not None:
-            scores = [self.score(prompt + text) for prompt, text in zip(self.prompts, texts, strict=True)]
+            scores = [self.score(_joined(prompt, text)) for prompt, text in zip(self.prompts, texts, strict=True)]
             figures["score"] = sum(scores) / len(scores)
             positive = [text for text, score in zip(texts, scores, strict=True) if score > 0]
             figures["positive"] = len(positive) / len(texts)
@@ -157,7 +165,9 @@ class LogSamples(Callback):
             logger.log_metrics({f"samples/{name}": value for name, value in figures.items()}, step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 shown = zip(self.prompts[: self.num_shown], continuations, strict=False)
-                text = "\n\n".join(f"{prompt} **{continuation.text.strip()}**" for prompt, continuation in shown)
+                text = "\n\n".join(
+                    f"{_shown(prompt)} **{continuation.text.strip()}**" for prompt, continuation in shown
+                )
                 logger.experiment.add_text("samples", text, step)
 
 
@@ -184,11 +194,10 @@ def sequence_kl(module: DPOModule, continuations: Sequence[Continuation]) -> flo
     return sum(ratios) / len(ratios)
 
 
-def _texts(path: str) -> list[str]:
-    prompts = read_prompts(path)
-    messages = next((number for number, prompt in prompts if not isinstance(prompt, str)), None)
-    if messages is not None:
-        raise UsageError(
-            f"{path}, row {messages}: LogSamples continues prompts that are text, and this one is messages."
-        )
-    return [prompt for _, prompt in prompts if isinstance(prompt, str)]
+def _shown(prompt: Prompt) -> str:
+    """A prompt; of messages the last."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _joined(prompt: Prompt, text: str) -> str:
+    return prompt + text if isinstance(prompt, str) else text

@@ -18,14 +18,13 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import Asked, end_tokens, tokenized
+from dpo_lightning.generation.prompts import Asked, Numbered, end_tokens, tokenized
 from dpo_lightning.scorers import Prompt
 
 SCORED_AT_ONCE = 64
 BEST_OF_N = "Best of N"
 
 Score = Callable[[PreferenceBatch], Logps]
-Numbered = tuple[int, Prompt]
 
 
 class Engine(NamedTuple):
@@ -167,8 +166,6 @@ def log_ratios(
         reference: What gives the reference's.
         continuations: Samples of the policy.
         move: Brings a batch to where both are.
-        chat: How prompts that are messages become text.
-        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
     """
     ratios: list[float] = []
     for start in range(0, len(continuations), SCORED_AT_ONCE):

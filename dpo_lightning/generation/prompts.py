@@ -21,6 +21,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.paths import resolve
 from dpo_lightning.scorers import Prompt
 
+Numbered = tuple[int, Prompt]  # the number of its row
 PLACE = "{prompt}"
 PROMPT = "prompt"
 
@@ -39,9 +40,7 @@ class Asked(NamedTuple):
     ids: list[int]
 
 
-def read_prompts(
-    prompts: str | Source, column: str | None = None, max_prompts: int | None = None
-) -> list[tuple[int, Prompt]]:
+def read_prompts(prompts: str | Source, column: str | None = None, max_prompts: int | None = None) -> list[Numbered]:
     """The prompts of a file with the numbers of their rows.
 
     Args:
@@ -62,9 +61,9 @@ def read_prompts(
     return [(number, _prompt(row, column or PROMPT, f"{source}, row {number}")) for number, row in rows]
 
 
-def _of_data(rows: Sequence[tuple[int, Row]], source: str) -> list[tuple[int, Prompt]]:
+def _of_data(rows: Sequence[tuple[int, Row]], source: str) -> list[Numbered]:
     """Prompts of rows that have them in another shape, such as whole dialogues."""
-    found: list[tuple[int, Prompt]] = []
+    found: list[Numbered] = []
     for number, (first, *_) in begin(iter(rows), None, source).examples():
         if isinstance(first, UnusableRow):
             raise UsageError(f"{source}, row {number}: {first}")
@@ -129,7 +128,7 @@ def unescaped(text: str) -> str:
 
 def tokenized(
     tokenizer: Tokenizer,
-    prompts: Sequence[tuple[int, Prompt]],
+    prompts: Sequence[Numbered],
     *,
     chat: Chat | None = None,
     template: str | None = None,
@@ -166,7 +165,7 @@ def tokenized(
     return asked
 
 
-def end_tokens(tokenizer: Tokenizer, prompts: Sequence[tuple[int, Prompt]], chat: Chat | None = None) -> list[int]:
+def end_tokens(tokenizer: Tokenizer, prompts: Sequence[Numbered], chat: Chat | None = None) -> list[int]:
     """The tokens that end an answer: the tokenizer's end token, and what the chat template closes an answer with."""
     chat = chat or Chat()
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -177,7 +176,7 @@ def end_tokens(tokenizer: Tokenizer, prompts: Sequence[tuple[int, Prompt]], chat
     return ends
 
 
-def _renderer(tokenizer: Tokenizer, prompts: Sequence[tuple[int, Prompt]], chat: Chat) -> Renderer:
+def _renderer(tokenizer: Tokenizer, prompts: Sequence[Numbered], chat: Chat) -> Renderer:
     messages = next((row for row, prompt in prompts if chat.texts or not isinstance(prompt, str)), None)
     if messages is not None and chat.source(tokenizer) is None:
         raise UsageError(
