@@ -59,7 +59,7 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
         Rows of cells, the first of them the head. Advantages are means over the KL that both methods reach.
     """
     methods = list(dict.fromkeys(point.method for point in points))
-    curves = {method: envelope([point for point in points if point.method == method]) for method in methods}
+    curves = {method: envelope(_from_reference(points, method)) for method in methods}
     own = curves.get(baseline)
     columns = levels(own if own else max(curves.values(), key=lambda curve: curve[-1].kl))
     table = [["method", *(f"KL {level:g}" for level in columns), f"{baseline} over it", "least", "most", "for KL"]]
@@ -67,6 +67,15 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
         rewards = [_reward(curves[method], level) for level in columns]
         table.append([method, *rewards, *_advantage(own, curves[method], method == baseline)])
     return table
+
+
+def _from_reference(points: Sequence[Point], method: str) -> list[Point]:
+    """Points of a method; every method begins at the reference, which may have been measured with another one alone."""
+    own = [point for point in points if point.method == method]
+    if any(point.kl == 0 for point in own):
+        return own
+    reference = [point for point in points if point.kl == 0]
+    return [*own, *sorted(reference, key=lambda point: point.samples)[-1:]]
 
 
 def _reward(curve: Sequence[Vertex], kl: float) -> str:

@@ -22,13 +22,12 @@ from dpo_lightning.evaluation.rewards import (
     Drawn,
     Engine,
     Measured,
-    Numbered,
     best_of_n_point,
     draw,
     point_of,
 )
 from dpo_lightning.generation.loading import load
-from dpo_lightning.generation.prompts import end_tokens, read_prompts
+from dpo_lightning.generation.prompts import Numbered, end_tokens, read_prompts
 from dpo_lightning.journal import Journal, digest_of
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.policy import CausalPolicy

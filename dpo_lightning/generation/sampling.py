@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,11 +92,19 @@ def _evaluated(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[N
     training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = settings
+    says = logging.getLogger("transformers.modeling_utils")
+    says.addFilter(_is_not_of_mask)
     try:
         yield
     finally:
+        says.removeFilter(_is_not_of_mask)
         model.train(training)
         model.generation_config = own
+
+
+def _is_not_of_mask(record: logging.LogRecord) -> bool:
+    """Not the warning of pads behind ends, which comes as transformers leaves out a mask that masks nothing."""
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def _continued(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:

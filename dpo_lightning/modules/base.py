@@ -1,4 +1,4 @@
-"""What every module shares: building the policy, optimisation in steps, throughput, metrics, plain checkpoints."""
+"""What every module shares: building the policy, guarding its steps, throughput, metrics, plain checkpoints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from dpo_lightning.batch import Batch, Logps, PreferenceBatch
@@ -29,10 +27,9 @@ from dpo_lightning.models.in_memory import AnyPolicy, InMemory, PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.shard import Sharding
 from dpo_lightning.models.spec import PolicySpec
-from dpo_lightning.modules.gradients import clip_by_norm, clip_by_value, gradients_of, total_norm
 from dpo_lightning.modules.guard import Guard, Run
-from dpo_lightning.modules.resumption import ResumableModule
-from dpo_lightning.modules.schedule import Schedule, lr_factor
+from dpo_lightning.modules.optimised import OptimisedModule
+from dpo_lightning.modules.schedule import Schedule
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.ranks import data_place
 from dpo_lightning.recipes import from_plain, to_plain
@@ -47,10 +44,9 @@ LARGE = 10_000_000  # parameters from which on products in bfloat16 save more th
 FSDP1 = """`trainer.strategy: fsdp` is PyTorch's first FSDP, under which Lightning cannot clip by norm. Use the second:
   strategy: fsdp2
   precision: bf16-mixed   # 16-bit products, weights and their updates in float32"""
-DEFAULT_LR = 1e-6  # DPO, arXiv:2305.18290, appendix B
 
 
-class PolicyModule(ResumableModule):
+class PolicyModule(OptimisedModule):
     """A policy, its optimizer and its metrics; subclasses say what the loss is.
 
     Args:
@@ -62,7 +58,6 @@ class PolicyModule(ResumableModule):
         lr_scheduler: Another schedule, in steps; replaces warmup_steps and schedule.
     """
 
-    policy: CausalPolicy | None
     progress_names: tuple[str, ...] = ("loss",)
 
     def __init__(
@@ -74,24 +69,12 @@ class PolicyModule(ResumableModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
-        if optimizer is not None and lr is not None:
-            raise UsageError("Both `lr` and `optimizer` are given; set the learning rate in `optimizer.init_args.lr`.")
-        if lr_scheduler is not None and (warmup_steps or schedule != "constant"):
-            raise UsageError("Both `lr_scheduler` and `warmup_steps` or `schedule` are given; keep one of the two.")
-        if lr is not None and lr <= 0:
-            raise UsageError(f"`lr` must be positive, got {lr}; DPO uses about {DEFAULT_LR}.")
-        if warmup_steps < 0:
-            raise UsageError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
+        super().__init__(lr, warmup_steps, schedule, optimizer, lr_scheduler)
         self.spec = _recipe(policy)
-        self.lr = DEFAULT_LR if lr is None else lr
-        self.warmup_steps, self.schedule = warmup_steps, schedule
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.policy = None
         self.metrics = nn.ModuleDict({stage: self.make_metric() for stage in ("fit", "validate", "test")})
         self._throughput = Throughput()
         self._guard = Guard()
-        self._gradient_norm: Tensor | None = None
         self._base_fingerprint: str | None = None
         self._validation: dict[str, Any] | None = None
         self._register_state_dict_hook(_leave_out)
@@ -261,8 +244,8 @@ class PolicyModule(ResumableModule):
         Training metrics are those of all batches since the last line.
         """
         step = self.trainer.global_step + 1
-        norm = self._gradient_norm = total_norm(gradients_of(optimizer))
-        if self._scales_loss():
+        norm = self.find_gradient_norm(optimizer)
+        if self.scales_loss:
             self._guard.let_pass()  # the scaler skips what is not finite, by its own design
         else:
             self._guard.watch(norm, optimizer, step)
@@ -296,42 +279,6 @@ class PolicyModule(ResumableModule):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._validation = {"step": self.trainer.global_step, "metrics": values}
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW without weight decay and a schedule in steps, or what was given."""
-        assert self.policy is not None
-        if self.schedule != "constant" and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
-            raise UsageError(f"`schedule: {self.schedule}` needs an end; set `trainer.max_steps` or `max_epochs`.")
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if self.make_optimizer is None:
-            # Lightning clips no fused optimizer under fp16: those undo the scaling of the loss by themselves.
-            fused = not self._scales_loss()
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, fused=fused)
-        else:
-            optimizer = self.make_optimizer(parameters)
-        if self.make_lr_scheduler is None:
-            scheduler: Any = LambdaLR(optimizer, lambda step: self._lr_factor(step))
-        else:
-            scheduler = self.make_lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the Trainer says, also where Lightning refuses: fused optimizers, weights divided among devices."""
-        if self._scales_loss():
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val and gradient_clip_algorithm == "value":
-            clip_by_value(gradients_of(optimizer), gradient_clip_val)
-        elif gradient_clip_val:
-            norm = total_norm(gradients_of(optimizer)) if self._gradient_norm is None else self._gradient_norm
-            clip_by_norm(gradients_of(optimizer), gradient_clip_val, norm)
-        self._gradient_norm = None
-
     def over_ranks(self, value: Tensor, operation: str) -> Tensor:
         """Sum, mean or max of a value of every rank that has batches of its own; without a Trainer there is one."""
         if self._trainer is None:
@@ -342,15 +289,6 @@ class PolicyModule(ResumableModule):
     def _share_of_rank(self) -> float:
         """What a rank adds to a sum over ranks: those that share the products of one model have the same batches."""
         return data_place(self.trainer).ranks / self.trainer.world_size
-
-    def _lr_factor(self, step: int) -> float:
-        # The number of steps is asked for where it matters, never in `configure_optimizers`: asking sets up the data
-        # loaders, and there that would lose the state from which they resume.
-        return lr_factor(step, self.warmup_steps, self.schedule, lambda: self.trainer.estimated_stepping_batches)
-
-    def _scales_loss(self) -> bool:
-        """Whether gradients are those of a scaled loss, as under fp16."""
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _hide_constants_from_ddp(self) -> None:
         """Buffers are constants and a reference is frozen: DDP should neither broadcast nor reduce them."""

@@ -40,6 +40,14 @@ def test_equal_kl_by_hand():
     assert rows["Best of N"][-7:] == ["0.500", "-", "-", "+0.000", "+0.000", "+0.000", "0 to 0.6"]
 
 
+def test_a_method_without_a_point_at_the_reference_begins_at_that_of_another():
+    rows = {row[0]: row for row in equal_kl([DPO[1], *BEST])[1:]}
+    assert rows["DPO"][-6:-4] == ["0.500 ± 0.025", "1.000 ± 0.050"]  # halfway between the reference and KL 1
+    assert rows["Best of N"][-1] == "0 to 0.6"
+    few, many = (Point(method="SFT", kl=0, reward=reward, samples=n) for reward, n in [(0.8, 2), (0.2, 50)])
+    assert equal_kl([DPO[1], many, few])[1][-6] == "0.600 ± 0.025"
+
+
 def test_equal_kl_without_the_baseline_has_rewards_all_the_same():
     (_, row) = equal_kl(OTHER)
     assert row[-5:] == ["0.500", "-", "-", "-", "-"]

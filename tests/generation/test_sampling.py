@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_lightning.data.example import PreferenceExample
 from dpo_lightning.data.tokenize import Tokenization
@@ -280,3 +288,22 @@ def test_nothing_is_computed_behind_a_stop_string(llama, tokenizer):
     letters_of_all = list("abcdefghijklmnopqrstuvwxyz ")
     assert {c.text for c in sample(model, tokenizer, ["a"] * 9, max_new_tokens=40, stop=letters_of_all)} == {""}
     assert len(steps) == 1
+
+
+def test_no_mask_is_missed_where_prompts_are_of_one_length(llama, tokenizer):
+    """transformers leaves out a mask without padding, and of some families then warns of the pads behind ends."""
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0, eos_token_id=2)
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    logger.warning_once.cache_clear()
+    try:
+        found = sample(GPT2LMHeadModel(config), tokenizer, ["a"] * 200, max_new_tokens=4)
+        assert any(one.finished for one in found)
+        assert said == []
+        logger.warning("passing in an `attention_mask`")
+        assert len(said) == 1
+    finally:
+        logger.removeHandler(handler)
