@@ -38,7 +38,9 @@ def experiment(monkeypatch, tmp_path):
     monkeypatch.setattr(
         run,
         "make_data",
-        lambda out, imdb: run.prepare.imdb(imdb, out, **sizes) if imdb else run.prepare.grammar(out, 64, **sizes),
+        lambda out, imdb: (
+            run.prepare.imdb(imdb, out, 128, 2, **sizes) if imdb else run.prepare.grammar(out, 64, **sizes)
+        ),
     )
     run.given = []
 

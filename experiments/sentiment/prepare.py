@@ -40,15 +40,15 @@ def grammar(out: Path, num_reviews: int, num_prompts: int, num_held_out: int) ->
     save_blank(out / "blank", tokenizer, AutoConfig.from_pretrained(folder))
 
 
-def imdb(folder: Path, out: Path, num_prompts: int, num_held_out: int) -> None:
-    """The same from ``train.jsonl.xz`` and ``test.jsonl.xz``, with a tokenizer learnt on the reviews."""
+def imdb(folder: Path, out: Path, width: int, depth: int, num_prompts: int, num_held_out: int) -> None:
+    """The same from ``train.jsonl.xz`` and ``test.jsonl.xz``: a tokenizer learnt on them, and a model like GPT-2."""
     train, test = (list(reviews(folder / f"{name}.jsonl.xz")) for name in ("train", "test"))
     random.Random(1).shuffle(train)
     random.Random(2).shuffle(test)
     tokenizer = learn_tokenizer(train, vocab_size=8192)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_embd=384, n_layer=6, n_head=6, bos_token_id=1, eos_token_id=1,
-        pad_token_id=0, activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one kernel
+        vocab_size=len(tokenizer), n_positions=256, n_embd=width, n_layer=depth, n_head=width // 64, bos_token_id=1,
+        eos_token_id=1, pad_token_id=0, activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one kernel
     )  # fmt: skip
     write_texts(out / "reviews.jsonl", train)
     write_texts(out / "reviews_held_out.jsonl", test[:500])
