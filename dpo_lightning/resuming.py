@@ -132,12 +132,12 @@ def find_earlier(trainer: Trainer) -> Earlier | None:
     """The last checkpoint that a run with the same Trainer has left, where it would write its own.
 
     That is the folder of its ModelCheckpoint, or, where its logger gives every run a folder of its own, the newest of
-    those with a checkpoint that is whole.
+    those with a checkpoint that is whole. A run without a ModelCheckpoint leaves one where it was stopped.
     """
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     fixed = {Path(saver.dirpath) for saver in savers if saver.dirpath is not None}
     found = [earlier for folder in sorted(fixed) if (earlier := _in_folder(folder))]
-    if any(saver.dirpath is None for saver in savers):
+    if not savers or any(saver.dirpath is None for saver in savers):
         runs = (_in_folder(folder) for folder in _folders_of_runs(trainer))
         found += [earlier for earlier in [next(filter(None, runs), None)] if earlier]
     return max(found, key=lambda earlier: steps(earlier.header), default=None)

@@ -1,5 +1,6 @@
 """A notice becomes a checkpoint from which a run goes on as if nothing had been; a rank that dies ends the others."""
 
+import contextlib
 import csv
 import json
 import os
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from dpo_lightning.callbacks import GracefulStop
 from dpo_lightning.data.loader import outlive_notices
 from dpo_lightning.references import Synced
+from dpo_lightning.resuming import find_earlier
 
 TESTS = Path(__file__).parent
 
@@ -88,6 +90,29 @@ def test_stopped_again_only_the_newest_checkpoint_stays(tiny_llama, tmp_path):
     first = tmp_path / "saved/stopped-step=2.ckpt"
     assert fit(tmp_path, tiny_llama, Notice(6, "SIGUSR1"), ckpt_path=first)[:2] == (138, 6)
     assert stops(tmp_path) == ["stopped-step=6.ckpt"]
+
+
+def test_a_run_that_keeps_no_checkpoints_is_found_where_it_was_stopped(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*notices, path=None):
+        options = {
+            "logger": CSVLogger(tmp_path, name="log", version=""),
+            "enable_checkpointing": False,
+            "max_epochs": 1,
+        }
+        found = trainer(tmp_path, **options, callbacks=[GracefulStop(), *notices])
+        with contextlib.suppress(SystemExit):
+            found.fit(module(tiny_llama), data(tiny_llama), ckpt_path=path, weights_only=True if path else None)
+        return found
+
+    stopped = run(Notice(2))
+    earlier = find_earlier(stopped)
+    assert earlier.path == tmp_path / "log/checkpoints/stopped-step=2.ckpt"
+    assert stops(tmp_path) == [earlier.path.name]
+    assert run(path=earlier.path).global_step == 4
+    assert stops(tmp_path) == []
+    assert find_earlier(stopped) is None
 
 
 def test_signals_mean_afterwards_what_they_meant_before(tiny_llama, tmp_path):

@@ -140,10 +140,10 @@ def _nothing(*args: object) -> None:
 
 
 def _folder(trainer: Trainer) -> Path:
-    """Where the run's checkpoints lie."""
+    """Where the run's checkpoints lie, or would if it kept any."""
     callback = trainer.checkpoint_callback
     found = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-    return Path(found or Path(trainer.default_root_dir) / "checkpoints")
+    return Path(found or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
 
 def _is_child(trainer: Trainer) -> bool:

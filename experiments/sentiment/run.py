@@ -41,7 +41,7 @@ GRAMMAR: dict[str, Any] = {
 IMDB: dict[str, Any] = {
     "width": 384, "depth": 6,
     "sft_lr": 1e-3, "sft_batch_size": 64, "sft_epochs": 2, "review_length": 192, "precision": "bf16-mixed",
-    "lr": 1e-4, "batch_size": 32, "max_steps": 150, "every_n_steps": 30, "end_token": "false", "num_samples": 2,
+    "lr": 3e-5, "batch_size": 32, "max_steps": 120, "every_n_steps": 20, "end_token": "false", "num_samples": 2,
     "max_new_tokens": 48,
 }  # fmt: skip
 if torch.cuda.is_available():  # 42 million parameters; two cores manage the 14 million of above in an hour
