@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -183,11 +184,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     sys.path.append("")  # a user's own classes lie in the folder that the command is started from
+    tool = sys.argv[1:2] and sys.argv[1] in TOOLS
     try:
-        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+        if tool:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
             run()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted.{' The same command goes on from what was made.' if tool else ''}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         mistake = _usage_error_in(error)
         if mistake is None:

@@ -25,6 +25,22 @@ def mistake(arguments, monkeypatch, capsys):
     return error
 
 
+@pytest.mark.parametrize(("command", "goes_on"), [("sample", True), ("fit", False)])
+def test_an_interrupt_ends_with_a_line(command, goes_on, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpo_lightning.cli, "run", interrupted)
+    monkeypatch.setattr(dpo_lightning.cli, "run_tool", interrupted)
+    monkeypatch.setattr("sys.argv", ["dpo-lightning", command])
+    with pytest.raises(SystemExit) as exit_info:
+        dpo_lightning.cli.main()
+    assert exit_info.value.code == 130
+    said = capsys.readouterr().err
+    assert "Interrupted." in said
+    assert ("The same command goes on" in said) == goes_on
+
+
 def test_fit_validate_and_predict(workplace):
     (workplace / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS[:3]))
     fit = dpo_lightning.cli.run(["fit", "--config", "config.yaml"])

@@ -5,8 +5,8 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from dpo_lightning.errors import UsageError
@@ -92,7 +92,7 @@ class Line:
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self._openai = connection, _library()
-        self._stop, self._pool = threading.Event(), ThreadPoolExecutor(connection.concurrency)
+        self._stop = threading.Event()
         self._key = os.environ.get(connection.key_variable or "") or NO_KEY
         self._client = self._openai.OpenAI(
             base_url=connection.url,
@@ -105,7 +105,6 @@ class Line:
     def close(self) -> None:
         """Ask nothing more."""
         self._stop.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
     def results(
@@ -119,21 +118,31 @@ class Line:
         Raises:
             UsageError: If a job does.
         """
-        running, trouble = dict[Future[Result], Name](), None
+        ended = SimpleQueue[tuple[Name, Result | None, BaseException | None]]()
+
+        def do(name: Name, job: Callable[[], Result]) -> None:
+            try:
+                ended.put((name, job(), None))
+            except BaseException as error:  # is raised below
+                ended.put((name, None, error))
+
+        running, trouble = 0, None
         while True:
-            while trouble is None and len(running) < self.connection.concurrency and (job := next_job()) is not None:
-                running[self._pool.submit(job[1])] = job[0]
+            while trouble is None and running < self.connection.concurrency and (todo := next_job()) is not None:
+                # No pool: at the end of the process its threads are waited for, and with them what a server never says.
+                threading.Thread(target=do, args=todo, daemon=True).start()
+                running += 1
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future)
-                try:
-                    result = future.result()
-                except UsageError as error:
-                    trouble = trouble or error
-                    self._stop.set()
-                else:
-                    yield name, result
+            name, result, error = ended.get()
+            running -= 1
+            if error is None:
+                yield name, result  # type: ignore[misc]
+            elif isinstance(error, UsageError):
+                trouble = trouble or error
+                self._stop.set()
+            else:
+                raise error
         if trouble is not None:
             raise trouble
 

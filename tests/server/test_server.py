@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -261,3 +263,30 @@ def test_a_round_that_is_left_early_asks_no_more():
         coming.close()
         time.sleep(0.1)
         assert len(chat.bodies) <= 4
+
+
+INTERRUPTED = """
+import signal, sys
+from dpo_lightning.server import Server
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+try:
+    list(Server(url=sys.argv[1], model="judge").ask([[{"role": "user", "content": "?"}]]))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_nobody_waits_for_an_answer_after_an_interrupt():
+    def never(number, question, body):
+        time.sleep(40)
+        return question
+
+    with ChatServer(never) as chat:
+        begun = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, chat.url], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert ended.stdout == "interrupted\n"
+        assert time.monotonic() - begun < 30
