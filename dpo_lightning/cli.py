@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -184,14 +185,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     sys.path.append("")  # a user's own classes lie in the folder that the command is started from
-    tool = sys.argv[1:2] and sys.argv[1] in TOOLS
     try:
-        if tool:
+        if sys.argv[1:2] and sys.argv[1] in TOOLS:
             run_tool(sys.argv[1], sys.argv[2:])
         else:
             run()
     except KeyboardInterrupt:
-        print(f"\nInterrupted.{' The same command goes on from what was made.' if tool else ''}", file=sys.stderr)
+        print(f"\nInterrupted.{_way_on(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         mistake = _usage_error_in(error)
@@ -199,6 +199,17 @@ def main() -> None:
             raise
         print(f"\nerror: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def _way_on(arguments: Sequence[str]) -> str:
+    """How a command that was interrupted goes on; nothing for those that begin anew."""
+    if arguments[:1] not in (["sample"], ["label"]) and arguments[:2] not in (
+        ["evaluate", "reward_kl"],
+        ["evaluate", "win_rate"],
+    ):
+        return ""
+    without = ", without --overwrite," if any(one.startswith("--overwrite") for one in arguments) else ""
+    return f" The same command{without} goes on from what was made."
 
 
 def _usage_error_in(error: BaseException | None) -> UsageError | None:

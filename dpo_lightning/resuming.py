@@ -13,7 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dpo_lightning.checkpoints.find import last_checkpoint, steps
+from dpo_lightning.checkpoints.find import STOPPED, last_checkpoint, steps
 from dpo_lightning.checkpoints.reading import read_without_weights
 from dpo_lightning.errors import UsageError
 
@@ -139,6 +139,8 @@ def find_earlier(trainer: Trainer) -> Earlier | None:
     found = [earlier for folder in sorted(fixed) if (earlier := _in_folder(folder))]
     if not savers or any(saver.dirpath is None for saver in savers):
         runs = (_in_folder(folder) for folder in _folders_of_runs(trainer))
+        if not savers:  # others keep theirs there
+            runs = (run for run in runs if run is not None and run.path.name.startswith(STOPPED))
         found += [earlier for earlier in [next(filter(None, runs), None)] if earlier]
     return max(found, key=lambda earlier: steps(earlier.header), default=None)
 

@@ -40,8 +40,8 @@ ALLOWED = {
     "strategies": {"checkpoints", "models", "errors"},
     "export": {"checkpoints", "data", "losses", "models", "modules", "recipes", *FOUNDATION},
     "callbacks": {
-        *("batch", "data", "evaluation", "export", "generation", "journal", "memory", "metrics", "models", "modules"),
-        *("ranks", "references", "scorers", "errors"),
+        *("batch", "checkpoints", "data", "evaluation", "export", "generation", "journal", "memory", "metrics"),
+        *("models", "modules", "ranks", "references", "scorers", "errors"),
     },
     "journal": {"errors"},
     "scorers": {"batch", "checkpoints", "data", "export", "journal", "models", "modules", "recipes", *FOUNDATION},

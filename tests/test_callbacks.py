@@ -109,17 +109,20 @@ MESSAGES = [{"role": "user", "content": "the film"}]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "chat"),
-    [(MESSAGES, Chat()), ("the film", Chat(template="package:data/templates/alpaca.jinja", texts=True))],
+    ("prompt", "chat", "side"),
+    [
+        (MESSAGES, Chat(), "right"),
+        ("the film", Chat(template="package:data/templates/alpaca.jinja", texts=True), "left"),
+    ],
     ids=["messages", "texts by a template"],
 )
-def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, capsys, prompt, chat):
+def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, capsys, prompt, chat, side):
     scored = []
     callback = LogSamples([prompt], score=lambda text: scored.append(text) or 1.0, max_new_tokens=4, temperature=0)
-    source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9)
+    source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9, truncation_side=side)
     small_runs.fit(tmp_path, small_runs.module(tiny_llama), source, callbacks=[callback], max_steps=1)
     tokenizer, asked = AutoTokenizer.from_pretrained(tiny_llama), [(1, prompt)]
-    (expected,) = tokenized(tokenizer, asked, chat=chat, max_length=9)
+    (expected,) = tokenized(tokenizer, asked, chat=chat, max_length=9, truncation_side=side)
     assert len(expected.ids) == 9
     (before,) = callback.before[0]
     assert before.prompt_ids == expected.ids

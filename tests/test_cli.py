@@ -25,20 +25,29 @@ def mistake(arguments, monkeypatch, capsys):
     return error
 
 
-@pytest.mark.parametrize(("command", "goes_on"), [("sample", True), ("fit", False)])
-def test_an_interrupt_ends_with_a_line(command, goes_on, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "way_on"),
+    [
+        (["sample"], " The same command goes on from what was made."),
+        (
+            ["evaluate", "win_rate", "--overwrite=true"],
+            " The same command, without --overwrite, goes on from what was made.",
+        ),
+        (["evaluate", "agreement"], ""),
+        (["fit"], ""),
+    ],
+)
+def test_an_interrupt_ends_with_a_line(command, way_on, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dpo_lightning.cli, "run", interrupted)
     monkeypatch.setattr(dpo_lightning.cli, "run_tool", interrupted)
-    monkeypatch.setattr("sys.argv", ["dpo-lightning", command])
+    monkeypatch.setattr("sys.argv", ["dpo-lightning", *command])
     with pytest.raises(SystemExit) as exit_info:
         dpo_lightning.cli.main()
     assert exit_info.value.code == 130
-    said = capsys.readouterr().err
-    assert "Interrupted." in said
-    assert ("The same command goes on" in said) == goes_on
+    assert capsys.readouterr().err == f"\nInterrupted.{way_on}\n"
 
 
 def test_fit_validate_and_predict(workplace):

@@ -38,7 +38,7 @@ def experiment(monkeypatch, tmp_path):
     monkeypatch.setattr(
         run,
         "make_data",
-        lambda out, imdb: (
+        lambda out, imdb, settings: (
             run.prepare.imdb(imdb, out, 128, 2, **sizes) if imdb else run.prepare.grammar(out, 64, **sizes)
         ),
     )
@@ -106,7 +106,7 @@ def test_the_experiment_on_reviews_in_files(experiment, monkeypatch, tmp_path):
     assert "<br" not in (tmp_path / "runs/imdb/data/reviews.jsonl").read_text()
 
 
-def test_configs_are_filled_in_and_prompts_are_held_out(experiment, tmp_path):
+def test_configs_are_filled_in_and_prompts_are_held_out(experiment, tmp_path, monkeypatch):
     given = list(experiment.stages(tmp_path, None))
     assert [stage.name for stage in given] == [
         *("prepare", "sft", "sample", "label", "dpo_beta_0.1", "unlikelihood_alpha_0.5", "preferred_ft"),
@@ -122,6 +122,8 @@ def test_configs_are_filled_in_and_prompts_are_held_out(experiment, tmp_path):
     )
     assert not set(prompts) & set(held_out)
     assert len(held_out) == len(set(held_out)) == 6
+    monkeypatch.setattr(experiment, "GRAMMAR", {})
+    assert [stage.name for stage in experiment.stages(tmp_path, None)] == [stage.name for stage in given]
     for name in ("sft", "dpo_beta_0.1", "unlikelihood_alpha_0.5", "preferred_ft"):
         assert yaml.safe_load((tmp_path / f"configs/{name}.yaml").read_text())["trainer"]["precision"] == "32-true"
 

@@ -113,6 +113,8 @@ def test_a_run_that_keeps_no_checkpoints_is_found_where_it_was_stopped(tiny_llam
     assert run(path=earlier.path).global_step == 4
     assert stops(tmp_path) == []
     assert find_earlier(stopped) is None
+    stopped.save_checkpoint(tmp_path / "log/checkpoints/of_another.ckpt")
+    assert find_earlier(stopped) is None
 
 
 def test_signals_mean_afterwards_what_they_meant_before(tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
@@ -16,7 +17,23 @@ def numbered(prompts: str | Sequence[Prompt]) -> list[Numbered]:
     return read_prompts(prompts) if isinstance(prompts, str) else list(enumerate(prompts, start=1))
 
 
-def reading_of(trainer: Trainer) -> tuple[Chat | None, int | None]:
-    """How training reads prompts: how messages become text, and most tokens; None where no data module of ours says."""
+class Reading(NamedTuple):
+    """How prompts become tokens.
+
+    Attributes:
+        chat: How messages become text.
+        max_length: Most tokens of a prompt.
+        truncation_side: Where a longer one is cut.
+    """
+
+    chat: Chat | None = None
+    max_length: int | None = None
+    truncation_side: str = "left"
+
+
+def reading_of(trainer: Trainer) -> Reading:
+    """How training reads prompts, as far as a data module of ours says it."""
     tokenization = getattr(getattr(trainer, "datamodule", None), "tokenization", None)
-    return (None, None) if tokenization is None else (tokenization.chat, tokenization.max_prompt_length)
+    if tokenization is None:
+        return Reading()
+    return Reading(tokenization.chat, tokenization.max_prompt_length, tokenization.truncation_side)

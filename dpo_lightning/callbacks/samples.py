@@ -124,8 +124,8 @@ class LogSamples(Callback):
 
     def _sample(self, trainer: Trainer, module: PolicyModule) -> tuple[list[Continuation], dict[str, float]]:
         assert module.policy is not None
-        chat, max_length = reading_of(trainer)
-        asked = tokenized(self._tokenizer, self._numbered, chat=chat, max_length=max_length)
+        reading = reading_of(trainer)
+        asked = tokenized(self._tokenizer, self._numbered, **reading._asdict())
         continuations = sample(
             module.policy.model,
             self._tokenizer,
@@ -134,7 +134,7 @@ class LogSamples(Callback):
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,
-            ends=end_tokens(self._tokenizer, self._numbered, chat),
+            ends=end_tokens(self._tokenizer, self._numbered, reading.chat),
             generate=module.policy.generate,
         )
         figures = self._measure(module, continuations)

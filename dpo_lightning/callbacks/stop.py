@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
+from dpo_lightning.checkpoints.find import STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's notice, and what SLURM can be told to send before the end
-NAME = "stopped-step="
 
 
 class GracefulStop(Callback):
@@ -82,7 +83,7 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Where Lightning stops because all ranks agreed to, save and say how to go on."""
         if self._agreed and isinstance(exception, SIGTERMException):
-            number, path = signal.Signals(self._agreed), _folder(trainer) / f"{NAME}{trainer.global_step}.ckpt"
+            number, path = signal.Signals(self._agreed), _folder(trainer) / f"{STOPPED}{trainer.global_step}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             self._remove_origin(trainer)
             exception.code = 0 if _is_child(trainer) else 128 + number
@@ -98,7 +99,7 @@ class GracefulStop(Callback):
 
     def _remove_origin(self, trainer: Trainer) -> None:
         """Remove the checkpoint of a stop that this run went on from: there are newer ones."""
-        if self._origin is not None and self._origin.match(f"{NAME}*.ckpt"):
+        if self._origin is not None and self._origin.match(f"{STOPPED}*.ckpt"):
             trainer.strategy.remove_checkpoint(self._origin)
 
     def _let_go(self, trainer: Trainer) -> None:
@@ -143,7 +144,14 @@ def _folder(trainer: Trainer) -> Path:
     """Where the run's checkpoints lie, or would if it kept any."""
     callback = trainer.checkpoint_callback
     found = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-    return Path(found or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+    if found:
+        return Path(found)
+    place = Path(trainer.default_root_dir)
+    if trainer.loggers:  # as a ModelCheckpoint has it
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        place = Path(logger.save_dir or place) / str(logger.name) / version
+    return trainer.strategy.broadcast(place) / "checkpoints"
 
 
 def _is_child(trainer: Trainer) -> bool:

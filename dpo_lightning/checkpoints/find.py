@@ -10,6 +10,7 @@ from dpo_lightning.checkpoints.reading import META, has_all_parts, is_sharded, r
 from dpo_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
+STOPPED = "stopped-step="  # how the checkpoint of a run that was told to stop begins
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

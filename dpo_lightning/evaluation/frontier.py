@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo_lightning.errors import UsageError
@@ -15,6 +15,7 @@ from dpo_lightning.evaluation.points import NAMES, Point, read_points
 from dpo_lightning.journal import write_whole
 
 Table = list[list[str]]
+SAME = 1e-4  # nats: the reference itself, but for rounding
 
 
 def frontier(runs: list[str], out: str, *, baseline: str = "DPO", scale: Scale = "linear") -> list[Path]:
@@ -71,10 +72,11 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
 
 def _from_reference(points: Sequence[Point], method: str) -> list[Point]:
     """Points of a method; every method begins at the reference, which may have been measured with another one alone."""
-    own = [point for point in points if point.method == method]
+    near = [replace(point, kl=0.0) if abs(point.kl) < SAME else point for point in points]
+    own = [point for point in near if point.method == method]
     if any(point.kl == 0 for point in own):
         return own
-    reference = [point for point in points if point.kl == 0]
+    reference = [point for point in near if point.kl == 0]
     return [*own, *sorted(reference, key=lambda point: point.samples)[-1:]]
 
 

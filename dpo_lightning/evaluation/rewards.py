@@ -38,7 +38,8 @@ class Engine(NamedTuple):
         reference: Gives the reference's.
         move: Brings a batch to where both are.
         chat: How prompts that are messages become text.
-        max_prompt_length: Most tokens of a prompt, whose beginning is cut off.
+        max_prompt_length: Most tokens of a prompt.
+        truncation_side: Where a longer one is cut.
     """
 
     model: PreTrainedModel
@@ -49,10 +50,17 @@ class Engine(NamedTuple):
     move: Callable[[PreferenceBatch], PreferenceBatch]
     chat: Chat | None = None
     max_prompt_length: int | None = None
+    truncation_side: str = "left"
 
     def asked(self, prompts: Sequence[Numbered]) -> list[Asked]:
         """Prompts with the tokens that the policy is given of them."""
-        return tokenized(self.tokenizer, prompts, chat=self.chat, max_length=self.max_prompt_length)
+        return tokenized(
+            self.tokenizer,
+            prompts,
+            chat=self.chat,
+            max_length=self.max_prompt_length,
+            truncation_side=self.truncation_side,
+        )
 
 
 class Drawing(NamedTuple):

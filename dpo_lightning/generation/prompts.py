@@ -133,6 +133,7 @@ def tokenized(
     chat: Chat | None = None,
     template: str | None = None,
     max_length: int | None = None,
+    truncation_side: str = "left",
 ) -> list[Asked]:
     """Prompts with the tokens that training on them would give the model.
 
@@ -141,7 +142,8 @@ def tokenized(
         prompts: Prompts with the numbers of their rows.
         chat: How messages become text.
         template: Text that a prompt stands in; of messages the last one does.
-        max_length: Most tokens of a prompt; its beginning is cut off, but for the begin token.
+        max_length: Most tokens of a prompt.
+        truncation_side: Where a longer one is cut; at the left it keeps its begin token.
 
     Raises:
         UsageError: If one has no tokens, or there is no chat template for it, or that refuses it.
@@ -161,7 +163,7 @@ def tokenized(
                 f"row {row}: the prompt is empty, and the tokenizer has no begin token to start from; give it some "
                 "text."
             )
-        asked.append(Asked(row, prompt, cut_prompt(found, max_length, bos)))
+        asked.append(Asked(row, prompt, cut_prompt(found, max_length, bos, truncation_side)))
     return asked
 
 

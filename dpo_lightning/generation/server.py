@@ -103,7 +103,10 @@ class _Asker:
             temperature=chunk.temperature, top_p=sampling.top_p, seed=chunk.seed,
             **({"stop": list(sampling.stop)} if sampling.stop else {}), **prompt,
         )  # fmt: skip
-        choices = sorted(getattr(answer, "choices", None) or [], key=lambda choice: choice.index)
+        choices = getattr(answer, "choices", None) or []
+        if any(not isinstance(choice.index, int) for choice in choices):
+            raise ValueError("completions without an index")
+        choices = sorted(choices, key=lambda choice: choice.index)
         if len(choices) != sampling.num_samples:
             raise ValueError(f"{len(choices)} completions instead of {sampling.num_samples}")
         for choice in choices:

@@ -93,7 +93,12 @@ class Line:
     def __init__(self, connection: Connection) -> None:
         self.connection, self._openai = connection, _library()
         self._stop = threading.Event()
-        self._key = os.environ.get(connection.key_variable or "") or NO_KEY
+        self._key = os.environ.get(connection.key_variable or "", "").strip() or NO_KEY
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UsageError(
+                f"The environment variable {connection.key_variable} holds no key: it has characters that no server "
+                "takes in one, such as line breaks or letters with accents."
+            )
         self._client = self._openai.OpenAI(
             base_url=connection.url,
             api_key=self._key,
@@ -126,7 +131,8 @@ class Line:
             except BaseException as error:  # is raised below
                 ended.put((name, None, error))
 
-        running, trouble = 0, None
+        running = 0
+        trouble: BaseException | None = None
         while True:
             while trouble is None and running < self.connection.concurrency and (todo := next_job()) is not None:
                 # No pool: at the end of the process its threads are waited for, and with them what a server never says.
@@ -138,11 +144,9 @@ class Line:
             running -= 1
             if error is None:
                 yield name, result  # type: ignore[misc]
-            elif isinstance(error, UsageError):
+            else:
                 trouble = trouble or error
                 self._stop.set()
-            else:
-                raise error
         if trouble is not None:
             raise trouble
 
@@ -177,7 +181,7 @@ class Line:
                 trouble, pause = said, _asked_to_wait(error)
             except ValueError as error:
                 self._reached = True
-                trouble = f"an answer that makes no sense ({error})"
+                trouble = f"an answer that makes no sense ({self._masked(str(error))})"
             if attempt < connection.retries:
                 backoff = min(60.0, connection.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
                 if self._stop.wait(max(backoff, min(pause, LONGEST_WAIT))):
@@ -185,15 +189,15 @@ class Line:
         raise Unanswered(connection.url, attempt + 1, trouble)
 
     def _no_answer(self, error: Any) -> str:
-        slow = isinstance(error, self._openai.APITimeoutError) and "Connect" not in type(error.__cause__).__name__
-        if slow:
+        cause = type(error.__cause__).__name__
+        if cause == "ConnectError" and not self._reached:
+            raise UsageError(
+                f"There is no server at {self.connection.url} ({error.__cause__}). Is it running, and is the address "
+                "right?"
+            ) from error
+        if isinstance(error, self._openai.APITimeoutError) and cause != "ConnectTimeout":
             return f"no answer in {self.connection.timeout} s"
-        if self._reached:
-            return f"no connection ({error.__cause__})"
-        raise UsageError(
-            f"There is no server at {self.connection.url} ({error.__cause__ or error}). Is it running, and is the "
-            "address right?"
-        ) from error
+        return f"no connection ({self._masked(str(error.__cause__ or error))})"
 
     def _end_if_hopeless(self, error: Any) -> None:
         url, status = self.connection.url, error.status_code
@@ -216,10 +220,12 @@ class Line:
         return f"The environment variable {variable} {has}; set it, or name another by `key_variable`."
 
     def _said(self, error: Any) -> str:
-        """What the server said, without the key, which some repeat."""
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
-        said = str(message or error.message)
-        return (said if self._key == NO_KEY else said.replace(self._key, "***"))[:300]
+        return self._masked(str(message or error.message))[:300]
+
+    def _masked(self, said: str) -> str:
+        """Without the key, which some servers repeat."""
+        return said if self._key == NO_KEY else said.replace(self._key, "***")
 
     def _models(self) -> str:
         try:

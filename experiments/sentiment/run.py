@@ -64,8 +64,9 @@ class Stage(NamedTuple):
 def stages(out: Path, imdb: Path | None) -> Iterator[Stage]:
     """All of them, in order."""
     scorer = SENTIMENT if imdb is None else fitted(imdb)
-    values = {**(GRAMMAR if imdb is None else IMDB), "out": str(out), "scorer": json.dumps(scorer)}
-    yield Stage("prepare", lambda: make_data(out / "data", imdb))
+    settings = kept(out / "settings.json", GRAMMAR if imdb is None else IMDB)
+    values = {**settings, "out": str(out), "scorer": json.dumps(scorer)}
+    yield Stage("prepare", lambda: make_data(out / "data", imdb, settings))
     yield fit("sft", "sft", {**values, "name": "sft"})
     yield command("sample", "sample", f"{out}/sft/hf", f"{out}/data/prompts.jsonl", f"{out}/samples.jsonl",
                   num_samples=4, max_new_tokens=values["max_new_tokens"])  # fmt: skip
@@ -82,12 +83,20 @@ def stages(out: Path, imdb: Path | None) -> Iterator[Stage]:
     yield command("frontier", "frontier", str(out), f"{out}/frontier.png", scale="sqrt")
 
 
-def make_data(folder: Path, imdb: Path | None) -> None:
+def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that an experiment was begun with, which may have been on another machine."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    return dict(json.loads(path.read_text()))
+
+
+def make_data(folder: Path, imdb: Path | None, settings: Mapping[str, Any]) -> None:
     """What is learnt from and what is continued."""
     if imdb is None:
         prepare.grammar(folder, num_reviews=40_000, num_prompts=2_000, num_held_out=128)
     else:
-        prepare.imdb(imdb, folder, IMDB["width"], IMDB["depth"], num_prompts=2_500, num_held_out=256)
+        prepare.imdb(imdb, folder, settings["width"], settings["depth"], num_prompts=2_500, num_held_out=256)
 
 
 def fitted(folder: Path) -> dict[str, Any]:

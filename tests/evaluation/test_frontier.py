@@ -44,6 +44,8 @@ def test_a_method_without_a_point_at_the_reference_begins_at_that_of_another():
     rows = {row[0]: row for row in equal_kl([DPO[1], *BEST])[1:]}
     assert rows["DPO"][-6:-4] == ["0.500 ± 0.025", "1.000 ± 0.050"]  # halfway between the reference and KL 1
     assert rows["Best of N"][-1] == "0 to 0.6"
+    nearly = Point(method="SFT", kl=-3e-7, reward=0.0)
+    assert equal_kl([DPO[1], nearly])[1][-6:-4] == ["0.500 ± 0.025", "1.000 ± 0.050"]
     few, many = (Point(method="SFT", kl=0, reward=reward, samples=n) for reward, n in [(0.8, 2), (0.2, 50)])
     assert equal_kl([DPO[1], many, few])[1][-6] == "0.600 ± 0.025"
 

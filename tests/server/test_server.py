@@ -1,4 +1,5 @@
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -265,12 +266,11 @@ def test_a_round_that_is_left_early_asks_no_more():
         assert len(chat.bodies) <= 4
 
 
-INTERRUPTED = """
+ASKS = """
 import signal, sys
 from dpo_lightning.server import Server
 
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-signal.setitimer(signal.ITIMER_REAL, 0.5)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     list(Server(url=sys.argv[1], model="judge").ask([[{"role": "user", "content": "?"}]]))
 except KeyboardInterrupt:
@@ -279,14 +279,38 @@ except KeyboardInterrupt:
 
 
 def test_nobody_waits_for_an_answer_after_an_interrupt():
+    asking = []
+
     def never(number, question, body):
-        time.sleep(40)
+        asking[0].send_signal(signal.SIGINT)
+        time.sleep(60)
         return question
 
     with ChatServer(never) as chat:
-        begun = time.monotonic()
-        ended = subprocess.run(
-            [sys.executable, "-c", INTERRUPTED, chat.url], capture_output=True, text=True, timeout=60, check=True
-        )
-        assert ended.stdout == "interrupted\n"
-        assert time.monotonic() - begun < 30
+        asking.append(subprocess.Popen([sys.executable, "-c", ASKS, chat.url], stdout=subprocess.PIPE, text=True))
+        assert asking[0].communicate(timeout=50) == ("interrupted\n", None)
+        assert len(chat.bodies) == 1
+
+
+def test_a_connection_that_breaks_before_any_answer_is_made_again():
+    def breaks(number, question, body):
+        return None if number == 1 else question  # which breaks it off
+
+    with ChatServer(breaks) as chat:
+        assert texts(chat.server(concurrency=1)) == {0: "question 0"}
+        assert len(chat.bodies) == 2
+
+
+@pytest.mark.parametrize("key", ["sk-sec\nret", "sk-s\xe9cret"])
+def test_what_can_be_no_key_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    with ChatServer(echo) as chat, pytest.raises(UsageError, match="MY_KEY holds no key") as mistake:
+        texts(chat.server(key_variable="MY_KEY"))
+    assert key not in str(mistake.value)
+
+
+def test_what_surrounds_a_key_is_left_out(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret \n")
+    with ChatServer(echo) as chat:
+        texts(chat.server(key_variable="MY_KEY"))
+        assert chat.headers[0]["authorization"] == "Bearer sk-secret"
