@@ -275,7 +275,7 @@ def test_clipping_and_log_share_one_norm(tiny_llama, tmp_path, monkeypatch, read
         request.getfixturevalue("late")
     counted, reads = [], []
     monkeypatch.setattr(
-        "dpo_lightning.modules.base.total_norm", lambda found: counted.append(1) or guard.total_norm(found)
+        "dpo_lightning.modules.optimised.total_norm", lambda found: counted.append(1) or guard.total_norm(found)
     )
     read = guard.Number.read
     monkeypatch.setattr(guard.Number, "read", lambda self: reads.append(1) or read(self))
