@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -29,7 +28,7 @@ from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.references import Reference
 from dpo_lightning.resuming import KeepConfig, go_on, last_of
 from dpo_lightning.scorers import Scorer
-from dpo_lightning.tools import TOOLS, run_tool
+from dpo_lightning.tools import TOOLS, run_tool, way_on
 
 COMPONENTS = (PreferenceLoss, Reference, Source, Format, Scorer, PolicyModule, LightningDataModule, Callback)
 # Callbacks that a command has unless they are given.
@@ -191,7 +190,7 @@ def main() -> None:
         else:
             run()
     except KeyboardInterrupt:
-        print(f"\nInterrupted.{_way_on(sys.argv[1:])}", file=sys.stderr)
+        print(f"\nInterrupted.{way_on(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         mistake = _usage_error_in(error)
@@ -199,17 +198,6 @@ def main() -> None:
             raise
         print(f"\nerror: {mistake}", file=sys.stderr)
         sys.exit(2)
-
-
-def _way_on(arguments: Sequence[str]) -> str:
-    """How a command that was interrupted goes on; nothing for those that begin anew."""
-    if arguments[:1] not in (["sample"], ["label"]) and arguments[:2] not in (
-        ["evaluate", "reward_kl"],
-        ["evaluate", "win_rate"],
-    ):
-        return ""
-    without = ", without --overwrite," if any(one.startswith("--overwrite") for one in arguments) else ""
-    return f" The same command{without} goes on from what was made."
 
 
 def _usage_error_in(error: BaseException | None) -> UsageError | None:

@@ -13,13 +13,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dpo_lightning.checkpoints.find import STOPPED, last_checkpoint, steps
+from dpo_lightning.checkpoints.find import NUMBERED, STOPPED, folder_name, last_checkpoint, steps
 from dpo_lightning.checkpoints.reading import read_without_weights
 from dpo_lightning.errors import UsageError
 
 CONFIG, VERSION = "config", "logger_version"
 NONE = "no earlier run with these folders has left a checkpoint that is whole. Name a file, or leave it out."
-NUMBERED = "version_"  # how loggers name the folders of runs
 # Keys that do not decide what a run learns.
 MAY_CHANGE = (
     *("resume", "ckpt_path", "weights_only"),
@@ -153,7 +152,7 @@ def write_into(trainer: Trainer, earlier: Earlier) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger) or earlier.version is None or logger._version is not None:
             continue
-        if (Path(logger.root_dir) / _folder_name(earlier.version)).is_dir():
+        if (Path(logger.root_dir) / folder_name(earlier.version)).is_dir():
             logger._version = earlier.version
             logger._kwargs.setdefault("purge_step", steps(earlier.header) + 1)
 
@@ -208,7 +207,7 @@ def _folders_of_runs(trainer: Trainer) -> Iterator[Path]:
     root = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
     named = getattr(logger, "_version", None)  # asking for `version` would give it a new one
     if named is not None:
-        yield root / _folder_name(named) / "checkpoints"
+        yield root / folder_name(named) / "checkpoints"
         return
     yield from sorted(root.glob("*/checkpoints"), key=lambda folder: _age(folder.parent), reverse=True)
 
@@ -216,10 +215,6 @@ def _folders_of_runs(trainer: Trainer) -> Iterator[Path]:
 def _age(run: Path) -> tuple[int, float]:
     number = run.name.removeprefix(NUMBERED)
     return int(number) if number.isdigit() else -1, run.stat().st_mtime
-
-
-def _folder_name(version: int | str) -> str:
-    return version if isinstance(version, str) else f"{NUMBERED}{version}"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

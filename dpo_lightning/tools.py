@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import docstring_parser
@@ -25,10 +25,12 @@ class Tool(NamedTuple):
         function: Where its function lies, ``module:name``. It returns the file or folder that it wrote, or several; on
             ranks that write nothing, None.
         bases: Base classes of the components that it takes, ``module:name``.
+        goes_on: Whether it goes on from what a call that was interrupted has made.
     """
 
     function: str
     bases: tuple[str, ...] = ()
+    goes_on: bool = False
 
 
 TOOLS: dict[str, Tool | dict[str, Tool]] = {
@@ -36,13 +38,19 @@ TOOLS: dict[str, Tool | dict[str, Tool]] = {
     "label": Tool(
         "dpo_lightning.labelling:label",
         bases=("dpo_lightning.labelling:Labeller", "dpo_lightning.scorers:Scorer", "dpo_lightning.judges:Judge"),
+        goes_on=True,
     ),
-    "sample": Tool("dpo_lightning.generation.command:sample_prompts", bases=("dpo_lightning.data.sources:Source",)),
+    "sample": Tool(
+        "dpo_lightning.generation.command:sample_prompts", ("dpo_lightning.data.sources:Source",), goes_on=True
+    ),
     "evaluate": {
-        "reward_kl": Tool("dpo_lightning.evaluation.reward_kl:reward_kl", ("dpo_lightning.scorers:Scorer",)),
+        "reward_kl": Tool(
+            "dpo_lightning.evaluation.reward_kl:reward_kl", ("dpo_lightning.scorers:Scorer",), goes_on=True
+        ),
         "win_rate": Tool(
             "dpo_lightning.evaluation.win_rate:win_rate",
             ("dpo_lightning.judges:Judge", "dpo_lightning.data.sources:Source"),
+            goes_on=True,
         ),
         "agreement": Tool("dpo_lightning.evaluation.agreement:agreement"),
     },
@@ -65,6 +73,17 @@ def run_tool(name: str, args: list[str]) -> None:
     written = function(**{key: value for key, value in vars(arguments).items() if key != "config"})
     for path in written if isinstance(written, (list, tuple)) else [written] if written else []:
         print(f"Written: {path}")
+
+
+def way_on(arguments: Sequence[str]) -> str:
+    """How a command that was interrupted goes on; nothing for those that begin anew."""
+    tool: Any = TOOLS.get(arguments[0]) if arguments else None
+    if isinstance(tool, dict):
+        tool = tool.get("".join(arguments[1:2]))
+    if tool is None or not tool.goes_on:
+        return ""
+    without = ", without --overwrite," if any(one.startswith("--overwrite") for one in arguments) else ""
+    return f" The same command{without} goes on from what was made."
 
 
 class _Parser(ArgumentParser):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
-from dpo_lightning.checkpoints.find import STOPPED
+from dpo_lightning.checkpoints.find import STOPPED, folder_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's notice, and what SLURM can be told to send before the end
 
@@ -149,8 +149,7 @@ def _folder(trainer: Trainer) -> Path:
     place = Path(trainer.default_root_dir)
     if trainer.loggers:  # as a ModelCheckpoint has it
         logger = trainer.loggers[0]
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        place = Path(logger.save_dir or place) / str(logger.name) / version
+        place = Path(logger.save_dir or place) / str(logger.name) / folder_name(logger.version)  # type: ignore[arg-type]
     return trainer.strategy.broadcast(place) / "checkpoints"
 
 

@@ -10,7 +10,13 @@ from dpo_lightning.checkpoints.reading import META, has_all_parts, is_sharded, r
 from dpo_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
+NUMBERED = "version_"  # how loggers name the folders of runs
 STOPPED = "stopped-step="  # how the checkpoint of a run that was told to stop begins
+
+
+def folder_name(version: int | str) -> str:
+    """How loggers name the folder of a run."""
+    return version if isinstance(version, str) else f"{NUMBERED}{version}"
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -59,6 +59,7 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
     Returns:
         Rows of cells, the first of them the head. Advantages are means over the KL that both methods reach.
     """
+    points = [replace(point, kl=0.0) if abs(point.kl) < SAME else point for point in points]
     methods = list(dict.fromkeys(point.method for point in points))
     curves = {method: envelope(_from_reference(points, method)) for method in methods}
     own = curves.get(baseline)
@@ -72,11 +73,10 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
 
 def _from_reference(points: Sequence[Point], method: str) -> list[Point]:
     """Points of a method; every method begins at the reference, which may have been measured with another one alone."""
-    near = [replace(point, kl=0.0) if abs(point.kl) < SAME else point for point in points]
-    own = [point for point in near if point.method == method]
+    own = [point for point in points if point.method == method]
     if any(point.kl == 0 for point in own):
         return own
-    reference = [point for point in near if point.kl == 0]
+    reference = [point for point in points if point.kl == 0]
     return [*own, *sorted(reference, key=lambda point: point.samples)[-1:]]
 
 

@@ -62,27 +62,31 @@ class _Asker:
         self.takes_tokens: bool | None = None  # not known yet
 
     def __call__(self, chunk: Chunk, one: Asked) -> dict[str, Any]:
-        """A row of samples, of a prompt as tokens, or as text where the server takes no tokens.
+        """A row of samples.
 
         Raises:
             UsageError: If the server does not give them.
         """
+        try:
+            return self._ask(chunk, one)
+        except UsageError as error:
+            raise UsageError(f"row {one.row}: {error}") from error
+
+    def _ask(self, chunk: Chunk, one: Asked) -> dict[str, Any]:
+        """Of a prompt as tokens, or as text where the server takes no tokens."""
         # None of the penalties and filters that a model's own generation config may hold.
         own = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": list(self.sampling.ends)}
         refusal = ""
-        try:
-            if self.takes_tokens is not False:
-                try:
-                    row = self.line.ask(partial(self._row, chunk, one, prompt=one.ids, extra_body=own))
-                    self.takes_tokens = True
-                    return row
-                except Refused as error:
-                    if self.takes_tokens:
-                        raise
-                    refusal = error.said
-            row = self.line.ask(partial(self._row, chunk, one, prompt=self._text(one)))
-        except UsageError as error:
-            raise UsageError(f"row {one.row}: {error}") from error
+        if self.takes_tokens is not False:
+            try:
+                row = self.line.ask(partial(self._row, chunk, one, prompt=one.ids, extra_body=own))
+                self.takes_tokens = True
+                return row
+            except Refused as error:
+                if self.takes_tokens:
+                    raise
+                refusal = error.said
+        row = self.line.ask(partial(self._row, chunk, one, prompt=self._text(one)))
         if self.takes_tokens is None:
             self.takes_tokens = False
             log.warning(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
@@ -245,7 +246,7 @@ def reproduce(module: PiecewiseModule, path: str | Path) -> Reproduction:
     losses = []
     try:
         for plain in saved["batches"]:
-            pieces = [_moved(PreferenceBatch(**piece), module.device) for piece in plain["pieces"]]
+            pieces = [move_data_to_device(PreferenceBatch(**piece), module.device) for piece in plain["pieces"]]
             total = 0.0
             for piece in pieces:
                 with torch.autocast(module.device.type, autocast, enabled=autocast is not None):
@@ -318,7 +319,9 @@ def _plain(run: Run, step: int, window: Sequence[Trace], norm: float) -> dict[st
             {
                 "num_losses": float(trace.num_losses),
                 "loss": None if trace.loss is None else trace.loss.item() * run.accumulate,
-                "pieces": [_moved(piece._replace(window=None), CPU)._asdict() for piece in trace.batch.pieces],
+                "pieces": [
+                    move_data_to_device(piece._replace(window=None), CPU)._asdict() for piece in trace.batch.pieces
+                ],
                 "scores": [
                     {name: None if part is None else part.cpu() for name, part in scores._asdict().items()}
                     for scores in trace.scores
@@ -327,8 +330,3 @@ def _plain(run: Run, step: int, window: Sequence[Trace], norm: float) -> dict[st
             for trace in window
         ],
     }
-
-
-def _moved(piece: PreferenceBatch, device: torch.device) -> PreferenceBatch:
-    parts = {name: part.to(device) for name, part in piece._asdict().items() if isinstance(part, Tensor)}
-    return piece._replace(**parts)  # type: ignore[arg-type]

@@ -177,7 +177,7 @@ class Line:
                 said = f"status {error.status_code}: {self._said(error)}"
                 if error.status_code in REFUSED:
                     raise Refused(connection.url, said) from error
-                self._end_if_hopeless(error)
+                self._end_if_hopeless(error, said)
                 trouble, pause = said, _asked_to_wait(error)
             except ValueError as error:
                 self._reached = True
@@ -199,9 +199,8 @@ class Line:
             return f"no answer in {self.connection.timeout} s"
         return f"no connection ({self._masked(str(error.__cause__ or error))})"
 
-    def _end_if_hopeless(self, error: Any) -> None:
+    def _end_if_hopeless(self, error: Any, said: str) -> None:
         url, status = self.connection.url, error.status_code
-        said = f"status {status}: {self._said(error)}"
         if status in (401, 403):
             raise UsageError(f"{url} wants another key ({said}). {self._about_key()}") from error
         if status == 404:
