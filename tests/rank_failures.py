@@ -16,7 +16,7 @@ from dpo_lightning.callbacks import GracefulStop
 from dpo_lightning.checkpoints import folders, last_checkpoint
 from dpo_lightning.checkpoints.files import UNFINISHED
 from dpo_lightning.errors import UsageError
-from dpo_lightning.modules.guard import NonFinite
+from dpo_lightning.modules.nonfinite import NonFinite
 
 JOURNAL = "journal.txt"
 RUN = {

@@ -17,7 +17,7 @@ from dpo_lightning.callbacks.samples import sequence_kl
 from dpo_lightning.data.chat import Chat
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
+from dpo_lightning.generation.prompts import PromptEncoding
 from dpo_lightning.losses import DPOLoss, SimPOLoss
 from dpo_lightning.models.adapters import LoRA
 
@@ -122,12 +122,13 @@ def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, ca
     source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9, truncation_side=side)
     small_runs.fit(tmp_path, small_runs.module(tiny_llama), source, callbacks=[callback], max_steps=1)
     tokenizer, asked = AutoTokenizer.from_pretrained(tiny_llama), [(1, prompt)]
-    (expected,) = tokenized(tokenizer, asked, chat=chat, max_length=9, truncation_side=side)
+    encoding = PromptEncoding(chat, max_length=9, truncation_side=side)
+    (expected,) = encoding.encode(tokenizer, asked)
     assert len(expected.ids) == 9
     (before,) = callback.before[0]
     assert before.prompt_ids == expected.ids
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    ends = end_tokens(tokenizer, asked, chat)
+    ends = encoding.ends(tokenizer, asked)
     assert before == sample(model, tokenizer, [expected.ids], max_new_tokens=4, temperature=0, ends=ends)[0]
     assert scored[0] == ("" if prompt == MESSAGES else prompt) + before.text
     assert "\n  the film ...\n" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from small_runs import data, fit, module
 
 from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
-from dpo_lightning.modules import base
+from dpo_lightning.modules import precision as precisions
 
 FAULTS = """
 import resource, torch
@@ -56,7 +56,7 @@ def test_a_large_model_in_float32_is_told_of_bfloat16(
     precision, parameters, faster, said, tiny_llama, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level(logging.INFO, "dpo_lightning")
-    monkeypatch.setattr(base, "LARGE", parameters)
-    monkeypatch.setattr(base, "multiplies_bfloat16_faster", lambda: faster)
+    monkeypatch.setattr(precisions, "LARGE", parameters)
+    monkeypatch.setattr(precisions, "multiplies_bfloat16_faster", lambda: faster)
     fit(tmp_path, module(tiny_llama), data(tiny_llama), precision=precision, max_steps=1)
     assert ("`trainer.precision: bf16-mixed`" in caplog.text) == said

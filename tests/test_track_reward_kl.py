@@ -18,7 +18,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import TRACKED, read_points
 from dpo_lightning.evaluation.reward_kl import reward_kl
 from dpo_lightning.generation import sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
+from dpo_lightning.generation.prompts import PromptEncoding
 from dpo_lightning.losses import SimPOLoss
 from dpo_lightning.references import Cached, Synced
 
@@ -88,9 +88,10 @@ def test_prompts_become_text_as_the_data_module_does_it(tiny_llama, tmp_path, mo
     source = small_runs.data(tiny_llama, chat=chat, max_length=200, max_prompt_length=9)
     small_runs.fit(tmp_path, small_runs.module(tiny_llama), source, callbacks=[track()], max_steps=1)
     tokenizer, asked = AutoTokenizer.from_pretrained(tiny_llama), [(1, PROMPTS[0])]
-    expected = tokenized(tokenizer, asked, chat=chat, max_length=9)[0].ids, end_tokens(tokenizer, asked, chat)
+    encoding = PromptEncoding(chat, max_length=9)
+    expected = encoding.encode(tokenizer, asked)[0].ids, encoding.ends(tokenizer, asked)
     assert given[0] == expected
-    assert given[0][0] != tokenized(tokenizer, asked)[0].ids
+    assert given[0][0] != PromptEncoding().encode(tokenizer, asked)[0].ids
 
 
 def test_training_does_not_notice(noisy_llama, tmp_path):

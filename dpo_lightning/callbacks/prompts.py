@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
-from dpo_lightning.data.chat import Chat
-from dpo_lightning.generation.prompts import Numbered, read_prompts
+from dpo_lightning.generation.prompts import Numbered, PromptEncoding, read_prompts
 from dpo_lightning.scorers import Prompt
 
 
@@ -17,23 +15,9 @@ def numbered(prompts: str | Sequence[Prompt]) -> list[Numbered]:
     return read_prompts(prompts) if isinstance(prompts, str) else list(enumerate(prompts, start=1))
 
 
-class Reading(NamedTuple):
-    """How prompts become tokens.
-
-    Attributes:
-        chat: How messages become text.
-        max_length: Most tokens of a prompt.
-        truncation_side: Where a longer one is cut.
-    """
-
-    chat: Chat | None = None
-    max_length: int | None = None
-    truncation_side: str = "left"
-
-
-def reading_of(trainer: Trainer) -> Reading:
-    """How training reads prompts, as far as a data module of ours says it."""
+def encoding_of(trainer: Trainer) -> PromptEncoding:
+    """How training makes tokens of prompts, as far as a data module of ours says it."""
     tokenization = getattr(getattr(trainer, "datamodule", None), "tokenization", None)
     if tokenization is None:
-        return Reading()
-    return Reading(tokenization.chat, tokenization.max_prompt_length, tokenization.truncation_side)
+        return PromptEncoding()
+    return PromptEncoding(tokenization.chat, tokenization.max_prompt_length, tokenization.truncation_side)

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.callbacks.prompts import numbered, reading_of
+from dpo_lightning.callbacks.prompts import encoding_of, numbered
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.plot import draw as picture_of
 from dpo_lightning.evaluation.points import TRACKED, Point, read_file
@@ -155,7 +155,7 @@ class TrackRewardKL(Callback):
             module,
             self._score_by_reference,
             lambda batch: module.transfer_batch_to_device(batch, module.device, 0),
-            *reading_of(trainer),
+            encoding_of(trainer),
         )
         chunks = list(enumerate(self.drawing.chunks(self.prompts)))
         alone = trainer.world_size == 1 or is_sharded(policy)

@@ -12,11 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dpo_lightning.callbacks.prompts import numbered, reading_of
+from dpo_lightning.callbacks.prompts import encoding_of, numbered
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.rewards import log_ratios
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
 from dpo_lightning.modules.base import PolicyModule
 from dpo_lightning.modules.dpo import DPOModule
 from dpo_lightning.scorers import Prompt
@@ -124,17 +123,16 @@ class LogSamples(Callback):
 
     def _sample(self, trainer: Trainer, module: PolicyModule) -> tuple[list[Continuation], dict[str, float]]:
         assert module.policy is not None
-        reading = reading_of(trainer)
-        asked = tokenized(self._tokenizer, self._numbered, **reading._asdict())
+        encoding = encoding_of(trainer)
         continuations = sample(
             module.policy.model,
             self._tokenizer,
-            [one.ids for one in asked],
+            [one.ids for one in encoding.encode(self._tokenizer, self._numbered)],
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,
-            ends=end_tokens(self._tokenizer, self._numbered, reading.chat),
+            ends=encoding.ends(self._tokenizer, self._numbered),
             generate=module.policy.generate,
         )
         figures = self._measure(module, continuations)

@@ -27,7 +27,7 @@ from dpo_lightning.evaluation.rewards import (
     point_of,
 )
 from dpo_lightning.generation.loading import load
-from dpo_lightning.generation.prompts import Numbered, end_tokens, read_prompts
+from dpo_lightning.generation.prompts import Numbered, PromptEncoding, read_prompts
 from dpo_lightning.journal import Journal, digest_of
 from dpo_lightning.models.fingerprint import fingerprint
 from dpo_lightning.models.policy import CausalPolicy
@@ -119,10 +119,11 @@ def reward_kl(
     passes = {policy: (most if same else how, target.with_suffix(".samples.jsonl"))}
     if best_of and not same:
         passes[reference] = (most, target.with_suffix(".reference.jsonl"))
+    encoding = PromptEncoding(chat or Chat(), max_prompt_length)
     weights = {name: fingerprint(model) for name, (model, _) in models.items()}
     found: list[list[Measured]] = []
     for name, (drawing, path) in passes.items():
-        engine = _engine(models[name], models[reference][0], chat, max_prompt_length)
+        engine = _engine(models[name], models[reference][0], encoding)
         known = {**settings, "policy": name, "reference": reference, **drawing._asdict()}
         known |= {"weights_of_policy": weights[name], "weights_of_reference": weights[reference]}
         known |= {"prompt_tokens": _digest(engine, asked)}
@@ -168,7 +169,7 @@ def _load(path: str, device: torch.device) -> Model:
     return CausalPolicy(model, layout).to(device).eval(), tokenizer
 
 
-def _engine(model: Model, reference: CausalPolicy, chat: Chat | None, max_prompt_length: int | None) -> Engine:
+def _engine(model: Model, reference: CausalPolicy, encoding: PromptEncoding) -> Engine:
     policy, tokenizer = model
     device = next(policy.parameters()).device
     return Engine(
@@ -178,15 +179,14 @@ def _engine(model: Model, reference: CausalPolicy, chat: Chat | None, max_prompt
         policy,
         reference,
         lambda batch: move_data_to_device(batch, device),
-        chat,
-        max_prompt_length,
+        encoding,
     )
 
 
 def _digest(engine: Engine, prompts: Sequence[Numbered]) -> str:
     """Changes whenever what the policy is given does, or what ends its answers."""
-    ids = [one.ids for one in engine.asked(prompts)]
-    return digest_of(ids, end_tokens(engine.tokenizer, prompts, engine.chat))
+    ids = [one.ids for one in engine.encoding.encode(engine.tokenizer, prompts)]
+    return digest_of(ids, engine.encoding.ends(engine.tokenizer, prompts))
 
 
 def _measure(

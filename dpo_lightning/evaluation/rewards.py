@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dpo_lightning.batch import Logps, PreferenceBatch
-from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
 from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
 from dpo_lightning.generation import Continuation, sample
-from dpo_lightning.generation.prompts import Asked, Numbered, end_tokens, tokenized
+from dpo_lightning.generation.prompts import Numbered, PromptEncoding
 from dpo_lightning.scorers import Prompt
 
 SCORED_AT_ONCE = 64
@@ -37,9 +36,7 @@ class Engine(NamedTuple):
         policy: Gives the policy's log-probabilities of a batch.
         reference: Gives the reference's.
         move: Brings a batch to where both are.
-        chat: How prompts that are messages become text.
-        max_prompt_length: Most tokens of a prompt.
-        truncation_side: Where a longer one is cut.
+        encoding: How prompts become tokens.
     """
 
     model: PreTrainedModel
@@ -48,19 +45,7 @@ class Engine(NamedTuple):
     policy: Score
     reference: Score
     move: Callable[[PreferenceBatch], PreferenceBatch]
-    chat: Chat | None = None
-    max_prompt_length: int | None = None
-    truncation_side: str = "left"
-
-    def asked(self, prompts: Sequence[Numbered]) -> list[Asked]:
-        """Prompts with the tokens that the policy is given of them."""
-        return tokenized(
-            self.tokenizer,
-            prompts,
-            chat=self.chat,
-            max_length=self.max_prompt_length,
-            truncation_side=self.truncation_side,
-        )
+    encoding: PromptEncoding = PromptEncoding()
 
 
 class Drawing(NamedTuple):
@@ -141,11 +126,11 @@ def draw(engine: Engine, how: Drawing, chunk: Sequence[Numbered], number: int) -
     continuations = sample(
         engine.model,
         engine.tokenizer,
-        [one.ids for one in engine.asked(chunk) for _ in range(count)],
+        [one.ids for one in engine.encoding.encode(engine.tokenizer, chunk) for _ in range(count)],
         max_new_tokens=how.max_new_tokens,
         seed=how.seed_of(number),
         batch_size=how.batch_size,
-        ends=end_tokens(engine.tokenizer, chunk, engine.chat),
+        ends=engine.encoding.ends(engine.tokenizer, chunk),
         generate=engine.generate,
     )
     ratios = log_ratios(engine.policy, engine.reference, continuations, engine.move)

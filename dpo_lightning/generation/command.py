@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +15,9 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.generation.loading import DType, load, load_tokenizer, which_model
 from dpo_lightning.generation.making import Write, continue_by_model, make, ranks
 from dpo_lightning.generation.plan import Sampling, plan
-from dpo_lightning.generation.prompts import Asked, end_tokens, read_prompts, read_template, tokenized, unescaped
+from dpo_lightning.generation.prompts import PromptEncoding, read_prompts, read_template, unescaped
 from dpo_lightning.generation.server import continue_by_server
+from dpo_lightning.journal import digest_of
 from dpo_lightning.paths import resolve
 from dpo_lightning.server import Connection
 
@@ -111,6 +109,7 @@ def sample_prompts(
     _check_server(server, server_model, server_key_variable, devices, num_nodes)
     read = read_prompts(prompts, column, max_prompts)
     tokenizer = load_tokenizer(model, base=base, trust_remote_code=trust_remote_code)
+    encoding = PromptEncoding(chat or Chat(), max_prompt_length, template=read_template(template))
     sampling = Sampling(
         num_samples=num_samples,
         temperatures=tuple(temperatures if isinstance(temperatures, list) else [temperatures]),
@@ -118,13 +117,13 @@ def sample_prompts(
         max_new_tokens=max_new_tokens,
         seed=seed,
         stop=tuple(unescaped(text) for text in (stop if isinstance(stop, list) else [stop] if stop else [])),
-        ends=tuple(end_tokens(tokenizer, read, chat)),
+        ends=tuple(encoding.ends(tokenizer, read)),
     )
-    asked = tokenized(tokenizer, read, chat=chat, template=read_template(template), max_length=max_prompt_length)
+    asked = encoding.encode(tokenizer, read)
     lengths = [len(one.ids) for one in asked]
     settings = {name: value for name, value in asdict(sampling).items() if name != "ends"}
     settings |= {"column": column, "max_prompts": max_prompts, "max_prompt_length": max_prompt_length}
-    settings |= {"template": template, "prompts": _digest(asked, sampling)}
+    settings |= {"template": template, "prompts": digest_of(asked, sampling.ends)}
     if server is not None:
         connection = Connection(
             url=server, model=server_model or "", key_variable=server_key_variable, timeout=server_timeout,
@@ -171,11 +170,3 @@ def _check_server(
         raise UsageError(f"--server_key_variable: there is no environment variable {key_variable}; set it to the key.")
     if devices != "auto" or num_nodes != 1:
         raise UsageError("--devices and --num_nodes are of a model that runs here; with --server leave them out.")
-
-
-def _digest(asked: Sequence[Asked], sampling: Sampling) -> str:
-    """Changes whenever what the model is given does, or what ends its answers."""
-    digest = hashlib.blake2b(json.dumps(sampling.ends).encode(), digest_size=16)
-    for one in asked:
-        digest.update(json.dumps(one).encode() + b"\n")
-    return digest.hexdigest()

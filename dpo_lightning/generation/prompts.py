@@ -126,56 +126,53 @@ def unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def tokenized(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Numbered],
-    *,
-    chat: Chat | None = None,
-    template: str | None = None,
-    max_length: int | None = None,
-    truncation_side: str = "left",
-) -> list[Asked]:
-    """Prompts with the tokens that training on them would give the model.
+class PromptEncoding(NamedTuple):
+    """How prompts become tokens: those that training on them would give the model.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        prompts: Prompts with the numbers of their rows.
+    Attributes:
         chat: How messages become text.
-        template: Text that a prompt stands in; of messages the last one does.
         max_length: Most tokens of a prompt.
         truncation_side: Where a longer one is cut; at the left it keeps its begin token.
-
-    Raises:
-        UsageError: If one has no tokens, or there is no chat template for it, or that refuses it.
+        template: Text that a prompt stands in; of messages the last one does.
     """
-    renderer = _renderer(tokenizer, prompts, chat or Chat())
-    rendered = [_rendered(renderer, row, _put_into(template, prompt)) for row, prompt in prompts]
-    ids: dict[bool, dict[str, list[int]]] = {}
-    for templated in (False, True):
-        texts = list({item.prompt or "" for item in rendered if item.templated is templated})
-        ids[templated] = dict(zip(texts, encode(tokenizer, texts, templated), strict=True))
-    bos = tokenizer.bos_token_id
-    asked = []
-    for (row, prompt), item in zip(prompts, rendered, strict=True):
-        found = ids[item.templated][item.prompt or ""] or ([] if bos is None else [bos])
-        if not found:
-            raise UsageError(
-                f"row {row}: the prompt is empty, and the tokenizer has no begin token to start from; give it some "
-                "text."
-            )
-        asked.append(Asked(row, prompt, cut_prompt(found, max_length, bos, truncation_side)))
-    return asked
 
+    chat: Chat = Chat()
+    max_length: int | None = None
+    truncation_side: str = "left"
+    template: str | None = None
 
-def end_tokens(tokenizer: Tokenizer, prompts: Sequence[Numbered], chat: Chat | None = None) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end token, and what the chat template closes an answer with."""
-    chat = chat or Chat()
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if chat.texts or any(not isinstance(prompt, str) for _, prompt in prompts):
-        (closing,) = encode(tokenizer, [_renderer(tokenizer, prompts, chat).ending()], templated=True)
-        special = special_ids(tokenizer)
-        ends += [token for token in closing if token in special and token not in ends][:1]
-    return ends
+    def encode(self, tokenizer: Tokenizer, prompts: Sequence[Numbered]) -> list[Asked]:
+        """Prompts with their tokens.
+
+        Raises:
+            UsageError: If one has no tokens, or there is no chat template for it, or that refuses it.
+        """
+        renderer = _renderer(tokenizer, prompts, self.chat)
+        rendered = [_rendered(renderer, row, _put_into(self.template, prompt)) for row, prompt in prompts]
+        ids: dict[bool, dict[str, list[int]]] = {}
+        for templated in (False, True):
+            texts = list({item.prompt or "" for item in rendered if item.templated is templated})
+            ids[templated] = dict(zip(texts, encode(tokenizer, texts, templated), strict=True))
+        bos = tokenizer.bos_token_id
+        asked = []
+        for (row, prompt), item in zip(prompts, rendered, strict=True):
+            found = ids[item.templated][item.prompt or ""] or ([] if bos is None else [bos])
+            if not found:
+                raise UsageError(
+                    f"row {row}: the prompt is empty, and the tokenizer has no begin token to start from; give it "
+                    "some text."
+                )
+            asked.append(Asked(row, prompt, cut_prompt(found, self.max_length, bos, self.truncation_side)))
+        return asked
+
+    def ends(self, tokenizer: Tokenizer, prompts: Sequence[Numbered]) -> list[int]:
+        """Tokens that end an answer: the tokenizer's end token, and what the chat template closes an answer with."""
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        if self.chat.texts or any(not isinstance(prompt, str) for _, prompt in prompts):
+            (closing,) = encode(tokenizer, [_renderer(tokenizer, prompts, self.chat).ending()], templated=True)
+            special = special_ids(tokenizer)
+            ends += [token for token in closing if token in special and token not in ends][:1]
+        return ends
 
 
 def _renderer(tokenizer: Tokenizer, prompts: Sequence[Numbered], chat: Chat) -> Renderer:

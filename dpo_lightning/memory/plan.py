@@ -16,6 +16,7 @@ from dpo_lightning.memory.meter import Bytes, Place
 from dpo_lightning.memory.rehearsal import Case, rehearse
 from dpo_lightning.memory.stand_ins import layer_lists
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.modules.precision import compute_dtype
 from dpo_lightning.references.synced import Synced
 
 GB, MB = 1e9, 1e6
@@ -124,7 +125,7 @@ def plan(module: PolicyModule, case: Case, division: Division | None = None) -> 
 
 def _in_dtype_of_products(module: PolicyModule, case: Case) -> Case:
     """Divided weights are gathered in the dtype of products, without autocast."""
-    dtype = module._compute_dtype()
+    dtype = compute_dtype(module.precision)
     name: Any = case.policy.dtype if dtype is None else str(dtype).removeprefix("torch.")
     return case._replace(policy=dataclasses.replace(case.policy, dtype=name))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torchmetrics import Metric
 from dpo_lightning.batch import Batch, Logps, PreferenceBatch
 from dpo_lightning.checkpoints.files import write_whole_files
 from dpo_lightning.checkpoints.reading import read
-from dpo_lightning.cpu import keep_freed_memory, multiplies_bfloat16_faster
+from dpo_lightning.cpu import keep_freed_memory
 from dpo_lightning.errors import UsageError
 from dpo_lightning.functional.head import Outputs
 from dpo_lightning.models.adapters import base_fingerprint
@@ -27,20 +26,19 @@ from dpo_lightning.models.in_memory import AnyPolicy, InMemory, PolicyRecipe
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.models.shard import Sharding
 from dpo_lightning.models.spec import PolicySpec
-from dpo_lightning.modules.guard import Guard, Run
+from dpo_lightning.modules.guard import Guard
+from dpo_lightning.modules.nonfinite import Run
 from dpo_lightning.modules.optimised import OptimisedModule
+from dpo_lightning.modules.precision import FLOAT32, autocast_dtype, compute_dtype, recommend_bfloat16, warn_of_rounding
 from dpo_lightning.modules.schedule import Schedule
 from dpo_lightning.modules.throughput import Throughput
 from dpo_lightning.ranks import data_place
 from dpo_lightning.recipes import from_plain, to_plain
 
-log = logging.getLogger(__name__)
-
 POLICY = "policy."
 BASE_FINGERPRINT = "base_fingerprint"
 IN_MEMORY = "in_memory"
 PROVENANCE = "provenance"
-LARGE = 10_000_000  # parameters from which on products in bfloat16 save more than casting costs
 FSDP1 = """`trainer.strategy: fsdp` is PyTorch's first FSDP, under which Lightning cannot clip by norm. Use the second:
   strategy: fsdp2
   precision: bf16-mixed   # 16-bit products, weights and their updates in float32"""
@@ -118,8 +116,9 @@ class PolicyModule(OptimisedModule):
         """Build the policy, unless there is one."""
         if self.policy is None:
             self.policy = self.load(self.spec)
-            self._warn_of_rounding()
-            self._recommend_bfloat16()
+            warn_of_rounding(self.policy, self.precision)
+            if self._trainer is not None and self._target_device().type == "cpu":
+                recommend_bfloat16(self.policy, self.precision)
             self._hide_constants_from_ddp()
         # Now, since a strategy may cast the weights later.
         if self.spec.has_adapters and self._trainer is not None and self._base_fingerprint is None:
@@ -128,7 +127,7 @@ class PolicyModule(OptimisedModule):
     def load(self, spec: PolicyRecipe, weights: CausalPolicy | None = None) -> CausalPolicy:
         """Build a model for this module's device, precision and strategy, with the weights of another, if given."""
         sharding: Sharding | None = None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
-        return spec.build(self._target_device(), self._compute_dtype(), sharding, weights)
+        return spec.build(self._target_device(), compute_dtype(self.precision), sharding, weights)
 
     def is_left_out(self, name: str) -> bool:
         """Whether a weight is left out of checkpoints: below adapters all that are not trained."""
@@ -204,7 +203,7 @@ class PolicyModule(OptimisedModule):
         run, strategy = self.trainer, self.trainer.strategy
         folder = Path(run.log_dir or run.default_root_dir)
         ranks = (run.global_rank, run.world_size, run.accumulate_grad_batches)
-        self._guard.start(Run(type(self).__name__, folder, *ranks, self._autocast(), strategy.barrier))
+        self._guard.start(Run(type(self).__name__, folder, *ranks, autocast_dtype(self.precision), strategy.barrier))
 
     def on_train_end(self) -> None:
         """The last step, too, has to have been a good one."""
@@ -299,35 +298,10 @@ class PolicyModule(OptimisedModule):
         """Where the policy will run."""
         return self.trainer.strategy.root_device if self._trainer is not None else self.device
 
-    def _compute_dtype(self) -> torch.dtype | None:
-        """Dtype of matrix products where the Trainer's precision says so."""
-        precision = "32" if self._trainer is None else str(self.trainer.precision)
-        return {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
-
-    def _autocast(self) -> torch.dtype | None:
-        """Dtype of matrix products where it is another than that of the weights."""
-        mixed = self._trainer is not None and str(self.trainer.precision).endswith("mixed")
-        return self._compute_dtype() if mixed else None
-
-    def _recommend_bfloat16(self) -> None:
-        assert self.policy is not None
-        large = sum(weight.numel() for weight in self.policy.parameters()) > LARGE
-        on_cpu = self._trainer is not None and self._target_device().type == "cpu"
-        if large and on_cpu and self._compute_dtype() is None and multiplies_bfloat16_faster():
-            log.info(
-                "This processor multiplies matrices several times faster in bfloat16: `trainer.precision: bf16-mixed` "
-                "keeps weights, log-softmax and loss in float32."
-            )
-
-    def _warn_of_rounding(self) -> None:
-        precision = "" if self._trainer is None else str(self.trainer.precision)
-        assert self.policy is not None
-        narrow = any(weight.requires_grad and weight.dtype != torch.float32 for weight in self.policy.parameters())
-        if narrow or precision in ("bf16-true", "16-true"):
-            log.warning(
-                "All weights are trained in 16 bits, where an update smaller than about 1/256 of a weight is lost to "
-                "rounding. Use `policy.dtype: float32` with `trainer.precision: bf16-mixed`."
-            )
+    @property
+    def precision(self) -> str:
+        """The Trainer's precision, such as bf16-mixed."""
+        return FLOAT32 if self._trainer is None else str(self.trainer.precision)
 
 
 def _recipe(policy: Any) -> PolicyRecipe:

@@ -17,6 +17,7 @@ from dpo_lightning.losses import PreferenceLoss
 from dpo_lightning.metrics import PreferenceMetrics
 from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import score
+from dpo_lightning.modules.precision import compute_dtype
 from dpo_lightning.modules.referenced import ReferencedModule
 from dpo_lightning.modules.scored import ScoredResponses
 from dpo_lightning.recipes import from_plain
@@ -222,5 +223,5 @@ class DPOModule(ReferencedModule):
 
         The same weights through the same kernels differ by nothing; a kernel that adds in another order, by little.
         """
-        sixteen_bit = self._compute_dtype() is not None or self.spec.dtype != "float32"
+        sixteen_bit = compute_dtype(self.precision) is not None or self.spec.dtype != "float32"
         return 0.1 if sixteen_bit else 1e-2

@@ -12,6 +12,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.models.in_memory import AnyPolicy
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.modules.base import PolicyModule
+from dpo_lightning.modules.precision import autocast_dtype
 from dpo_lightning.ranks import data_place
 from dpo_lightning.recipes import from_plain
 from dpo_lightning.references.base import Circumstances, Reference, ReferenceModel, Run
@@ -142,16 +143,15 @@ class ReferencedModule(PolicyModule):
         if self.policy is None:
             super().configure_model()
         assert self.policy is not None
-        precision = "32-true" if self._trainer is None else self.trainer.precision
         found = Circumstances(
             self.spec,
             self.policy,
             self._initial_policy,
             self.load,
             self._target_device(),
-            f"{self.spec.dtype} {precision}",
+            f"{self.spec.dtype} {self.precision}",
             self._expected_fingerprint,
-            self._autocast(),
+            autocast_dtype(self.precision),
         )
         self.reference_policy = self.reference.build(found).to(self.device)
         self._hide_constants_from_ddp()

@@ -14,7 +14,7 @@ from dpo_lightning.evaluation.reward_book import rewarded
 from dpo_lightning.evaluation.reward_kl import reward_kl
 from dpo_lightning.evaluation.rewards import Drawing, Engine, best_of_n_point, draw, point_of
 from dpo_lightning.generation import sample
-from dpo_lightning.generation.prompts import end_tokens, tokenized
+from dpo_lightning.generation.prompts import PromptEncoding
 from dpo_lightning.models.policy import CausalPolicy
 from dpo_lightning.scorers import Function, Scorer
 from dpo_lightning.tools import run_tool
@@ -198,8 +198,8 @@ def test_prompts_become_text_as_they_are_asked_for(tiny_llama, tmp_path, monkeyp
     asked = [(1, "a b c d e f")]
     for number, options in enumerate([{}, {"chat": chat}, {"max_prompt_length": 3}]):
         reward_kl(tiny_llama, tiny_llama, str(path), str(tmp_path / f"{number}.json"), **how, **options)
-        expected = tokenized(tokenizer, asked, chat=options.get("chat"), max_length=options.get("max_prompt_length"))
-        assert given[-1] == ([expected[0].ids], end_tokens(tokenizer, asked, options.get("chat")))
+        encoding = PromptEncoding(options.get("chat", Chat()), options.get("max_prompt_length"))
+        assert given[-1] == ([encoding.encode(tokenizer, asked)[0].ids], encoding.ends(tokenizer, asked))
     assert len({tuple(prompts[0]) for prompts, _ in given}) == 3
     with pytest.raises(UsageError, match=r"0\.samples\.jsonl was begun with prompt_tokens"):
         reward_kl(tiny_llama, tiny_llama, str(path), str(tmp_path / "0.json"), **how, chat=chat)

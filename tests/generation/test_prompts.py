@@ -11,7 +11,7 @@ from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.sources import Rows
 from dpo_lightning.errors import UsageError
 from dpo_lightning.generation import read_prompts
-from dpo_lightning.generation.prompts import end_tokens, read_template, tokenized
+from dpo_lightning.generation.prompts import PromptEncoding, read_template
 
 TEXTS = ["the film was", "a joy ", "Human: what did you think?\n\nAssistant:", "the film was"]
 DIALOGUES = [
@@ -55,7 +55,7 @@ def test_prompts_have_the_tokens_that_the_data_module_gives_them(tokenizer, tmp_
     data.setup("test")
     expected = [example.prompt_ids for example in data.examples["test"].__getitems__([*range(len(rows))])]
     read = read_prompts(write(tmp_path / "rows.jsonl", rows))
-    found = tokenized(tokenizer, read, chat=Chat(**chat), max_length=max_length)
+    found = PromptEncoding(Chat(**chat), max_length).encode(tokenizer, read)
     assert [one.ids for one in found] == expected
     assert [one.prompt for one in found] == prompts
     assert [one.row for one in found] == [*range(1, len(rows) + 1)]
@@ -99,11 +99,11 @@ def test_a_file_without_prompts_is_refused(tmp_path):
 
 def test_an_empty_prompt_is_the_begin_token_where_there_is_one(tokenizer, tmp_path):
     read = read_prompts(write(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": ""}]))
-    assert tokenized(tokenizer, read)[1].ids == [tokenizer.bos_token_id]
+    assert PromptEncoding().encode(tokenizer, read)[1].ids == [tokenizer.bos_token_id]
     without = AutoTokenizer.from_pretrained(tokenizer.name_or_path, bos_token=None)
     without.backend_tokenizer.post_processor = None
     with pytest.raises(UsageError, match="row 2: the prompt is empty, and the tokenizer has no begin token"):
-        tokenized(without, read)
+        PromptEncoding().encode(without, read)
 
 
 def test_messages_need_a_chat_template(tokenizer):
@@ -111,20 +111,20 @@ def test_messages_need_a_chat_template(tokenizer):
     without.chat_template = None
     prompts = [(4, "a"), (5, DIALOGUES[0])]
     with pytest.raises(UsageError, match=r"row 5: the prompt is messages.*Give one by --chat.template FILE"):
-        tokenized(without, prompts)
+        PromptEncoding().encode(without, prompts)
     with pytest.raises(UsageError, match="row 4: the prompt is messages"):
-        tokenized(without, prompts, chat=Chat(texts=True))
+        PromptEncoding(Chat(texts=True)).encode(without, prompts)
     refusing = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     refusing.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UsageError, match="row 5: the chat template refuses the messages: no"):
-        tokenized(refusing, prompts)
+        PromptEncoding().encode(refusing, prompts)
 
 
 def test_a_template_takes_a_prompt_and_the_last_of_messages(tokenizer, tmp_path):
     (tmp_path / "shots.txt").write_text("Q: a {brace}\nA: b\n\nQ: {prompt}\nA:\n")
     template = read_template(str(tmp_path / "shots.txt"))
     assert template == "Q: a {brace}\nA: b\n\nQ: {prompt}\nA:"
-    first, second = tokenized(tokenizer, [(1, "the end"), (2, DIALOGUES[1])], template=template)
+    first, second = PromptEncoding(template=template).encode(tokenizer, [(1, "the end"), (2, DIALOGUES[1])])
     assert tokenizer.decode(first.ids) == "<s>Q: a {brace}\nA: b\n\nQ: the end\nA:"
     assert first.prompt == "the end"
     assert "user: a joy\nassistant: was it</s>user: Q: a" in tokenizer.decode(second.ids)
@@ -143,8 +143,8 @@ def test_a_template_is_a_text_or_a_file_with_a_place(tmp_path):
 
 
 def test_answers_end_as_those_of_training_do(tokenizer):
-    assert end_tokens(tokenizer, [(1, "a")]) == [tokenizer.eos_token_id]
-    assert end_tokens(tokenizer, [(1, DIALOGUES[0])]) == [tokenizer.eos_token_id]
+    assert PromptEncoding().ends(tokenizer, [(1, "a")]) == [tokenizer.eos_token_id]
+    assert PromptEncoding().ends(tokenizer, [(1, DIALOGUES[0])]) == [tokenizer.eos_token_id]
     chat = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     chat.add_special_tokens({"additional_special_tokens": ["<think>", "<|im_start|>", "<|im_end|>"]})
     chat.chat_template = (
@@ -152,9 +152,9 @@ def test_answers_end_as_those_of_training_do(tokenizer):
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
     )
     turn = chat.convert_tokens_to_ids("<|im_end|>")
-    assert end_tokens(chat, [(1, "a"), (2, DIALOGUES[0])]) == [tokenizer.eos_token_id, turn]
-    assert end_tokens(chat, [(1, "a")], Chat(texts=True)) == [tokenizer.eos_token_id, turn]
-    assert end_tokens(chat, [(1, "a")]) == [tokenizer.eos_token_id]
+    assert PromptEncoding().ends(chat, [(1, "a"), (2, DIALOGUES[0])]) == [tokenizer.eos_token_id, turn]
+    assert PromptEncoding(Chat(texts=True)).ends(chat, [(1, "a")]) == [tokenizer.eos_token_id, turn]
+    assert PromptEncoding().ends(chat, [(1, "a")]) == [tokenizer.eos_token_id]
 
 
 def test_without_a_column_of_prompts_they_are_what_the_data_module_takes_for_them(tmp_path):

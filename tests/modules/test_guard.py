@@ -12,10 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from dpo_lightning import DPOModule, SFTModule
+from dpo_lightning.batch import PreferenceBatch
 from dpo_lightning.errors import UsageError
 from dpo_lightning.losses import SimPOLoss
-from dpo_lightning.modules import guard
-from dpo_lightning.modules.guard import NonFinite, reproduce
+from dpo_lightning.modules import guard, nonfinite
+from dpo_lightning.modules.gradients import total_norm
+from dpo_lightning.modules.nonfinite import NonFinite, reproduce
 
 BAD_ROW = 3
 FAULTS = {
@@ -192,15 +194,15 @@ def test_the_message_says_all_that_explains_it(tiny_llama, tmp_path):
     # The largest of all, found again with the weights that met the batch.
     saved = torch.load(error.path, weights_only=True)
     (piece,) = saved["batches"][0]["pieces"]
-    batch = guard.PreferenceBatch(**piece)
+    batch = PreferenceBatch(**piece)
     with torch.no_grad():
         ratios = (module(batch).total - module.reference_logps(batch).total).abs()
     assert values[0] == pytest.approx(ratios.max().item(), rel=1e-4)
 
 
 def test_a_ratio_that_is_not_finite_comes_first():
-    scores = guard.Scores(torch.tensor([3, 9]), torch.tensor([[1.0, -80.0], [torch.nan, 2.0]]), None)
-    line = guard._ratios_line([guard.Trace(None, scores=[scores])])
+    scores = nonfinite.Scores(torch.tensor([3, 9]), torch.tensor([[1.0, -80.0], [torch.nan, 2.0]]), None)
+    line = nonfinite._ratios_line([nonfinite.Trace(None, scores=[scores])], "log pi")
     assert line == (
         "Largest log pi, in nats: row 9, response 1: nan; row 3, response 2: -80; row 9, response 2: 2; "
         "row 3, response 1: 1."
@@ -246,7 +248,7 @@ def test_where_nothing_can_be_written_the_run_stops_all_the_same(tiny_llama, tmp
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(guard.torch, "save", full)
+    monkeypatch.setattr(nonfinite.torch, "save", full)
     error, *_ = stopped(tiny_llama, tmp_path)
     assert error.path is None
     assert "could not be saved" in str(error)
@@ -275,7 +277,7 @@ def test_clipping_and_log_share_one_norm(tiny_llama, tmp_path, monkeypatch, read
         request.getfixturevalue("late")
     counted, reads = [], []
     monkeypatch.setattr(
-        "dpo_lightning.modules.optimised.total_norm", lambda found: counted.append(1) or guard.total_norm(found)
+        "dpo_lightning.modules.optimised.total_norm", lambda found: counted.append(1) or total_norm(found)
     )
     read = guard.Number.read
     monkeypatch.setattr(guard.Number, "read", lambda self: reads.append(1) or read(self))
