@@ -89,7 +89,7 @@ def sample_prompts(
             the model the tokenizer alone is loaded.
         server_model: What the server calls the model.
         server_key_variable: Environment variable with the key of the server.
-        server_timeout: Seconds that an answer may take.
+        server_timeout: Seconds that a whole answer may take.
         server_retries: How often a request that failed is sent again.
         server_concurrency: Requests at a time.
         overwrite: Begin anew, whatever lies there.

@@ -15,6 +15,7 @@ from dpo_lightning.generation.plan import Chunk, Sampling
 from dpo_lightning.generation.prompts import Asked
 from dpo_lightning.generation.samples import Samples
 from dpo_lightning.server import Connection, Line, Refused
+from dpo_lightning.server.reply import part
 
 log = logging.getLogger(__name__)
 
@@ -102,24 +103,22 @@ class _Asker:
 
     def _row(self, chunk: Chunk, one: Asked, client: Any, **prompt: Any) -> dict[str, Any]:
         sampling = self.sampling
-        answer = client.completions.create(
-            model=self.line.connection.model, n=sampling.num_samples, max_tokens=sampling.max_new_tokens,
-            temperature=chunk.temperature, top_p=sampling.top_p, seed=chunk.seed,
+        answer = self.line.receive(
+            client.completions, model=self.line.connection.model,
+            n=sampling.num_samples, max_tokens=sampling.max_new_tokens, temperature=chunk.temperature,
+            top_p=sampling.top_p, seed=chunk.seed,
             **({"stop": list(sampling.stop)} if sampling.stop else {}), **prompt,
         )  # fmt: skip
-        choices = getattr(answer, "choices", None) or []
-        if any(not isinstance(choice.index, int) for choice in choices):
-            raise ValueError("completions without an index")
-        choices = sorted(choices, key=lambda choice: choice.index)
+        choices = sorted(part(answer, "choices", kind=list), key=lambda choice: part(choice, "index", kind=int))
         if len(choices) != sampling.num_samples:
             raise ValueError(f"{len(choices)} completions instead of {sampling.num_samples}")
-        for choice in choices:
-            if not isinstance(choice.text, str) or choice.finish_reason not in ("stop", "length"):
-                raise ValueError(f"a completion ended by {choice.finish_reason!r}, with the text {choice.text!r:.40}")
-        responses = [choice.text for choice in choices]
-        finished = [choice.finish_reason == "stop" for choice in choices]
+        responses = [part(choice, "text", kind=str) for choice in choices]
+        ended_by = [part(choice, "finish_reason", kind=str) for choice in choices]
+        if not {*ended_by} <= {"stop", "length"}:
+            raise ValueError(f"completions ended by {', '.join(sorted({*ended_by}))}")
+        finished = [reason == "stop" for reason in ended_by]
         # What made it stop: a text of ours, or else a token, which has no text.
-        closing = [getattr(choice, "stop_reason", None) for choice in choices]
+        closing = [choice.get("stop_reason") for choice in choices]
         whole = [text + (end if isinstance(end, str) else "") for text, end in zip(responses, closing, strict=True)]
         counts = map(len, encode(self.tokenizer, whole, templated=True))
         tokens = [

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.judges.answers import AnswerBook
@@ -70,12 +70,16 @@ class LLMJudge(Judge):
             reply), or a text of your own with {prompt}, {first} and {second} in it, which calls the responses A and B.
         both_orders: Ask twice, with the responses in either order.
         reminders: How often it is asked again for a last line that can be read.
+        ask_again: Ask again what the server refused or failed in an earlier run, which is left out otherwise.
     """
 
     server: Server
     question: str = "helpful"
     both_orders: bool = True
     reminders: int = 1
+    ask_again: bool = False
+
+    ASIDE: ClassVar[tuple[str, ...]] = ("ask_again",)
 
     def __post_init__(self) -> None:
         template(self.question)
@@ -94,7 +98,7 @@ class LLMJudge(Judge):
         """
         given = [self._question(one.prompt, one.first, one.second) for one in comparisons]
         turned = [self._question(one.prompt, one.second, one.first) for one in comparisons] if self.both_orders else []
-        with AnswerBook(self.server, answers) as book:
+        with AnswerBook(self.server, answers, self.ask_again) as book:
             said = self._said(book, [*given, *turned], len(given))
         first, others = said[: len(given)], [None if one is None else 1 - one for one in said[len(given) :]]
         found = [Verdict(*both) for both in zip(first, others if self.both_orders else first, strict=True)]
@@ -124,9 +128,10 @@ class LLMJudge(Judge):
         lines = [f"Judged by {self.server.model}: {len(verdicts)} comparisons"]
         lines.append(f"  without a verdict       {sum(one.mean is None for one in verdicts)}")
         lines += [f"    {count} questions were not answered: {error}" for error, count in book.failed.items()]
+        lines += ["    to ask these again set `ask_again`"] * bool(book.failed)
         if bias is not None:
             lines.append(f"  changed by the order    {bias.changed:.1%}")
             lines.append(f"  preferred as the first  {bias.first:.1%} of the answers that are no tie")
         dollars = "" if cost is None else f", {cost:.4f} dollars"
         tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
-        return "\n".join([*lines, f"  answers kept            {spent.requests} ({tokens}{dollars})"])
+        return "\n".join([*lines, f"  requests in all         {spent.requests} ({tokens}{dollars})"])

@@ -2,54 +2,16 @@
 
 # Annotations are not postponed: jsonargparse reads those of a base class with the names of the subclass's file.
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from dpo_lightning.errors import UsageError
-from dpo_lightning.server.line import Connection, Line, Refused, Unanswered
-
-Messages = list[dict[str, Any]]
-MANY_REFUSED = 8
-
-
-class Spent(NamedTuple):
-    """What was asked.
-
-    Attributes:
-        requests: Questions that were answered.
-        input_tokens: Tokens of the questions.
-        output_tokens: Tokens of the answers.
-    """
-
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-    def plus(self, *others: "Spent") -> "Spent":
-        """All together."""
-        return Spent(*map(sum, zip(self, *others, strict=True)))
-
-
-NOTHING = Spent()
-
-
-class Answer(NamedTuple):
-    """What came back.
-
-    Attributes:
-        text: The answer; None where the server refused or failed this question and answered others.
-        spent: What it took.
-        model: What answered, as the server calls it.
-        error: Why there is none.
-    """
-
-    text: str | None
-    spent: Spent = NOTHING
-    model: str = ""
-    error: str = ""
+from dpo_lightning.server.asking import Answer, Asking, Messages, Unusable
+from dpo_lightning.server.line import Connection, Line
+from dpo_lightning.server.reply import part
+from dpo_lightning.server.spending import NOTHING, Purse, Spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +20,7 @@ class Server(Connection):
 
     What is busy, slow or broken for a moment (429, 5xx, no answer in time, an answer that is none) is asked again,
     after waits that double. What cannot get better, as a wrong key, an unknown model or no server at all, ends the run.
+    A question that the server refuses or fails is left out where it answers others, or something easy.
 
     Args:
         temperature: 0 takes the likeliest token; null leaves the field out, for models that refuse it.
@@ -96,8 +59,10 @@ class Server(Connection):
                 "without prices set `max_total_tokens` or `max_requests`."
             )
 
-    def ask(self, questions: Sequence[Messages], spent: Spent = NOTHING) -> Iterator[tuple[int, Answer]]:
-        """Each answer as it comes, with the place of its question.
+    def ask(self, questions: Sequence[Messages], spent: Spent = NOTHING) -> Iterator[tuple[int | None, Answer]]:
+        """Each answer as it comes, with the place of its question; without a text where it is left out.
+
+        What was paid for nothing comes as an answer without a text that is not left out, and may have no place.
 
         Args:
             questions: Dialogues that end with what is to be answered.
@@ -106,32 +71,12 @@ class Server(Connection):
         Raises:
             UsageError: If a cap is reached, or the server cannot be asked; all answers until then were handed over.
         """
-        waiting, bounds = deque(enumerate(questions)), dict[int, Spent]()  # what runs may spend at the most
-        line = Line(self)
-        asks = _Asker(self, line)
-
-        def next_job() -> tuple[int, Callable[[], Answer]] | None:
-            if not waiting:
-                return None
-            most = self._most(waiting[0][1])
-            if self._passed(spent.plus(most, *bounds.values())):
-                return None
-            place, question = waiting.popleft()
-            bounds[place] = most
-            return place, partial(asks, question)
-
+        line, purse = Line(self), Purse(self._passed, spent)
+        asking = Asking(line, partial(self._complete, line), self._most, purse, questions)
         try:
-            for place, answer in line.results(next_job):
-                most = bounds.pop(place)
-                if answer.text is not None and not answer.spent.input_tokens:  # a server that does not count
-                    answer = answer._replace(spent=most)
-                spent = spent.plus(answer.spent)
-                yield place, answer
-            if waiting:
-                passed = self._passed(spent.plus(self._most(waiting[0][1])))
-                raise _capped(passed, spent, self.cost(spent), len(waiting))
-            if not spent.requests and asks.refusal is not None:
-                raise asks.refusal
+            yield from asking.answers()
+            if asking.left:
+                raise self._capped(purse, asking.left)
         finally:
             line.close()
 
@@ -156,59 +101,44 @@ class Server(Connection):
             return f"`max_total_tokens`, {self.max_total_tokens},"
         return ""
 
-
-class _Asker:
-    """Asks one question; one that the server refuses or fails is left out where it answers others."""
-
-    def __init__(self, server: Server, line: Line) -> None:
-        self.server, self.line = server, line
-        self.answered, self.refused = 0, 0
-        self.refusal: UsageError | None = None  # where the server has answered nothing
-
-    def __call__(self, question: Messages) -> Answer:
-        """The answer.
-
-        Raises:
-            UsageError: If the server cannot be asked.
-        """
-        answered_before = self.answered
-        try:
-            answer = self.line.ask(partial(self._complete, question))
-        except Refused as refusal:
-            self.refused += 1
-            if self.answered:
-                self.refusal = None
-            else:
-                self.refusal = UsageError(f"{self.server.url} refuses every question ({refusal.said}).")
-                if self.refused >= MANY_REFUSED:
-                    raise self.refusal from refusal
-            return Answer(None, error=refusal.said)
-        except Unanswered as failure:
-            if self.answered > answered_before:
-                return Answer(None, error=failure.trouble)
-            raise
-        self.answered, self.refusal = self.answered + 1, None
-        return answer
-
-    def _complete(self, question: Messages, client: Any) -> Answer:
-        server = self.server
-        options: dict[str, Any] = {server.limit_name: server.max_tokens}
-        if server.temperature is not None:
-            options["temperature"] = server.temperature
-        completion: Any = client.chat.completions.create(
-            model=server.model, messages=question, extra_body=server.options, **options
+    def _capped(self, purse: Purse, left: int) -> UsageError:
+        spent, cost = purse.spent, self.cost(purse.spent)
+        dollars = "" if cost is None else f", {cost:.4f} dollars"
+        tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
+        return UsageError(
+            f"{purse.passed} may be passed by the next question: {spent.requests} were answered ({tokens}{dollars}), "
+            f"{left} are left. What was answered is kept; raise the cap and give the same command to go on."
         )
-        if not getattr(completion, "choices", None) or getattr(completion.choices[0], "message", None) is None:
-            raise ValueError(f"{completion!r:.80}")
-        usage = completion.usage
-        counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage is not None else (0, 0)
-        return Answer(completion.choices[0].message.content or "", Spent(1, *counts), completion.model or "")
+
+    def _complete(self, line: Line, question: Messages, client: Any) -> Answer:
+        options: dict[str, Any] = {self.limit_name: self.max_tokens}
+        if self.temperature is not None:
+            options["temperature"] = self.temperature
+        reply = line.receive(
+            client.chat.completions, model=self.model, messages=question, extra_body=self.options, **options
+        )
+        spent = _counted(reply) or self._most(question)
+        try:
+            return Answer(_text(reply), spent, str(part(reply, kind=dict).get("model") or ""))
+        except ValueError as error:
+            raise Unusable(str(error), spent) from error
 
 
-def _capped(passed: str, spent: Spent, cost: float | None, left: int) -> UsageError:
-    dollars = "" if cost is None else f", {cost:.4f} dollars"
-    tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
-    return UsageError(
-        f"{passed} may be passed by the next question: {spent.requests} were answered ({tokens}{dollars}), {left} are "
-        "left. What was answered is kept; raise the cap and give the same command to go on."
-    )
+def _counted(reply: Any) -> Spent | None:
+    """What a server says that it took; None where it does not, or makes no sense."""
+    try:
+        counts = [part(reply, "usage", name, kind=int) for name in ("prompt_tokens", "completion_tokens")]
+    except ValueError:
+        return None
+    return Spent(1, *counts) if counts[0] > 0 and counts[1] >= 0 else None
+
+
+def _text(reply: Any) -> str:
+    """The answer, whole or in parts; empty where there is none but a list of calls."""
+    content = part(reply, "choices", 0, "message", kind=dict).get("content")
+    if isinstance(content, list):
+        texts = (piece.get("text") for piece in content if isinstance(piece, dict))  # others are thoughts
+        content = "".join(text for text in texts if isinstance(text, str))
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"choices.0.message.content is {content!r:.80}")
+    return content or ""

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from dpo_lightning.errors import UsageError
+from dpo_lightning.server.reply import receive
 
 Result = TypeVar("Result")
 Name = TypeVar("Name")
@@ -27,7 +28,7 @@ class Connection:
         url: Its address, as in http://localhost:8000/v1.
         model: Name of the model.
         key_variable: Environment variable that holds the key; many servers on one's own machine need none.
-        timeout: Seconds to wait for an answer.
+        timeout: Seconds until the whole of an answer has to be there.
         retries: How often a question is asked again.
         first_wait: Seconds before that, doubled each time, up to a minute.
         concurrency: Questions at a time.
@@ -69,7 +70,7 @@ class Unanswered(UsageError):
     """A request that was made as often as the settings say.
 
     Attributes:
-        trouble: What went wrong the last time.
+        said: What went wrong the last time.
     """
 
     def __init__(self, url: str, attempts: int, trouble: str) -> None:
@@ -77,7 +78,7 @@ class Unanswered(UsageError):
             f"{url} gave no answer when asked {attempts} times; the last time {trouble}. What was answered is kept; "
             "give the same command to go on, with a longer timeout or more retries if need be."
         )
-        self.trouble = trouble
+        self.said = trouble
 
 
 class Line:
@@ -107,10 +108,24 @@ class Line:
         )
         self._reached = False
 
+    def ask_no_more(self) -> None:
+        """Ask nothing again; what is under way may be answered."""
+        self._stop.set()
+
     def close(self) -> None:
-        """Ask nothing more."""
+        """Ask nothing more, and wait for nothing."""
         self._stop.set()
         self._client.close()
+
+    def receive(self, method: Any, **request: Any) -> Any:
+        """The reply to a request as plain data, to be called by what :meth:`ask` is given; see `receive` of reply."""
+        return receive(method, self.connection.timeout, self._openai, **request)
+
+    def may_have_answered(self, error: Exception) -> bool:
+        """Whether a server may have answered, and charged, a request that gave an error."""
+        if isinstance(error, self._openai.APIConnectionError):
+            return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
+        return not isinstance(error, self._openai.APIStatusError)
 
     def results(
         self, next_job: Callable[[], tuple[Name, Callable[[], Result]] | None]
@@ -146,30 +161,35 @@ class Line:
                 yield name, result  # type: ignore[misc]
             else:
                 trouble = trouble or error
-                self._stop.set()
+                self.ask_no_more()
         if trouble is not None:
             raise trouble
 
-    def ask(self, request: Callable[[Any], Result]) -> Result:
+    def ask(self, request: Callable[[Any], Result], retries: int | None = None) -> Result:
         """What a request gives, made as often as it takes.
 
         What is busy, slow or broken for a moment (429, 5xx, no answer in time, an answer without sense) is asked again.
 
         Args:
-            request: Makes it, given a client of openai's; a ValueError says that the answer makes no sense.
+            request: Makes it, given a client of openai's; a ValueError says that the answer makes no sense, but a
+                UsageError ends it.
+            retries: How often it is made again, if not as often as the settings say.
 
         Raises:
             Refused: If the server takes it for wrong.
             Unanswered: If there was no answer.
-            UsageError: If the server cannot be asked at all.
+            UsageError: If the server cannot be asked at all, or the request raises it.
         """
         connection, trouble = self.connection, ""
-        for attempt in range(connection.retries + 1):
+        retries = connection.retries if retries is None else retries
+        for attempt in range(retries + 1):
             pause = 0.0
             try:
                 result = request(self._client)
                 self._reached = True
                 return result
+            except UsageError:
+                raise
             except self._openai.APIConnectionError as error:
                 trouble = self._no_answer(error)
             except self._openai.APIStatusError as error:
@@ -182,7 +202,7 @@ class Line:
             except ValueError as error:
                 self._reached = True
                 trouble = f"an answer that makes no sense ({self._masked(str(error))})"
-            if attempt < connection.retries:
+            if attempt < retries:
                 backoff = min(60.0, connection.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
                 if self._stop.wait(max(backoff, min(pause, LONGEST_WAIT))):
                     break

@@ -17,6 +17,7 @@ from dpo_lightning.generation.plan import seed_of
 from dpo_lightning.server import line
 
 PROMPTS = ["the film was", "a joy", "a joy", "we all loved every minute of this", "Human: what?\n\nAssistant:"]
+ODD = {"nothing": b"null", "no list": b'{"choices": 3}', "null": b'{"choices": [null]}'}
 WORDS = [" the", " end", " is", " slow", " we", " laughed"]
 
 
@@ -73,6 +74,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.0)
         if failure == "malformed":
             return self.send(200, b'{"choices": [{"text"')
+        if failure in ODD:
+            return self.send(200, ODD[failure])
         if failure == "no JSON":
             return self.send(200, b"<html>", {"Content-Type": "text/html"})
         choices = [self.choice(body, index) for index in range(body["n"])]
@@ -208,7 +211,10 @@ def test_a_request_that_failed_is_sent_again(vllm, ask, failures):
         ("slow", "no answer in 0.3 s"),
         ("malformed", "an answer that makes no sense"),
         ("too few", "an answer that makes no sense .2 completions instead of 3"),
-        ("aborted", "a completion ended by 'abort'"),
+        ("aborted", "completions ended by abort, length"),
+        ("nothing", "choices is missing in null"),
+        ("no list", "choices is 3"),
+        ("null", "index is missing in null"),
     ],
 )
 def test_a_server_that_goes_on_failing_is_given_up(vllm, ask, failure, words):

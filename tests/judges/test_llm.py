@@ -123,6 +123,43 @@ def test_a_question_that_the_server_refuses_is_counted(caplog):
     assert "2 questions were not answered: status 400: too long" in caplog.text
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_what_was_refused_or_failed_is_not_asked_again_unless_wished_for(tmp_path, caplog, status):
+    def picky(number, question, body):
+        return Reply(status=status, body="{}") if "bad" in question else longer(number, question, body)
+
+    path = tmp_path / "answers.jsonl"
+    comparisons = [Comparison(f"bad {number}", "aa", "b") for number in range(6)] + COMPARISONS
+    expected = [None] * 6 + [1.0, 0.0, 0.5]
+    with ChatServer(picky) as chat, caplog.at_level(logging.INFO):
+        same = {"retries": 0, "first_wait": 0.001}
+        assert judge(chat, server=same).compare(comparisons, path) == expected
+        asked = len(chat.bodies)
+        for concurrency in (1, 4):
+            assert judge(chat, server={**same, "concurrency": concurrency}).compare(comparisons, path) == expected
+            assert judge(chat, server=same).compare(comparisons[:6], path) == expected[:6]
+        assert len(chat.bodies) == asked
+        assert caplog.text.count(f"12 questions were not answered: status {status}") == 5
+        chat.reply = longer
+        assert judge(chat, server=same, ask_again=True).compare(comparisons, path) == [1.0] * 6 + expected[6:]
+        assert len(chat.bodies) == asked + 12
+        assert judge(chat, server=same).compare(comparisons, path) == [1.0] * 6 + expected[6:]
+        assert len(chat.bodies) == asked + 12
+
+
+def test_what_was_paid_for_nothing_counts_in_later_runs(tmp_path):
+    empty = Reply(body='{"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}')
+    path = tmp_path / "answers.jsonl"
+    with ChatServer(lambda *request: empty) as chat:
+        for left in (3, 1):
+            with pytest.raises(UsageError, match=r"`max_requests`, \d, may be passed by the next question"):
+                judge(chat, server={"max_requests": 6 - left, "retries": 9}).compare(COMPARISONS, path)
+        assert len(chat.bodies) == 5
+        chat.reply = longer
+        with pytest.raises(UsageError, match=r"10 were answered \(1000 \+ 100 tokens\), 1 are left"):
+            judge(chat, server={"max_requests": 10, "concurrency": 1}).compare(COMPARISONS, path)
+
+
 def test_no_key_is_written_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with ChatServer(longer) as chat:

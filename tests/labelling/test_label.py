@@ -1,9 +1,9 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, first_shown, longer
+from chat_server import ChatServer, Reply, first_shown, longer, shown
 from sample_files import row, rows, write
 from transformers import AutoTokenizer
 
@@ -12,6 +12,7 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.judges import ByScore, LLMJudge
 from dpo_lightning.labelling import BradleyTerry, label
 from dpo_lightning.scorers import Function, Scorer
+from dpo_lightning.server.asking import EASY
 
 LENGTH = Function(path="builtins.len")  # of prompt and response: all prompts of a row are equally long
 MESSAGES = [{"role": "user", "content": "how was the film"}]
@@ -181,6 +182,29 @@ def test_a_judge_makes_pairs_and_comparisons(samples, tmp_path):
         chat.reply = first_shown
         label(samples, str(tmp_path / "none.jsonl"), labeller=biased)
         assert rows(tmp_path / "none.jsonl") == []
+
+
+def test_what_a_judge_left_out_stays_so_until_it_is_asked_again(samples, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+
+    def fails(number, question, body):
+        bad = question != EASY[0]["content"] and "bbb" in shown(question)
+        return Reply(status=500, body="{}") if bad else longer(number, question, body)
+
+    with ChatServer(fails) as chat:
+        judge = LLMJudge(server=chat.server(retries=0, concurrency=1))
+        label(samples, str(out), labeller=judge)
+        before, asked = out.read_bytes(), len(chat.bodies)
+        assert len(rows(out)) == 3
+        chat.reply = longer
+        label(samples, str(out), labeller=judge)
+        assert (out.read_bytes(), len(chat.bodies)) == (before, asked)
+        again = replace(judge, ask_again=True)
+        with pytest.raises(UsageError, match=r"a judge has answered what it did not before.*give --overwrite"):
+            label(samples, str(out), labeller=again)
+        label(samples, str(out), labeller=judge, overwrite=True)
+        assert len(rows(out)) == 6
+        assert len(chat.bodies) == asked + 6
 
 
 def test_a_judge_that_scores(samples, tmp_path):

@@ -85,13 +85,60 @@ def test_the_key_comes_from_the_environment_and_none_is_needed(monkeypatch):
         Reply(body="<html>", headers={"content-type": "text/html"}),
         Reply(body='{"choices": []}'),
         Reply(body="null"),
+        Reply(body="[]"),
+        Reply(body='{"choices": 3}'),
+        Reply(body='{"choices": {"0": "A"}}'),
+        Reply(body='{"choices": [null]}'),
+        Reply(body='{"choices": [{"message": "A"}]}'),
+        Reply(body='{"choices": [{"message": {"content": 5}}]}'),
     ],
-    ids=["429", "500", "503", "408", "half", "html", "no choices", "null"],
+    ids=[
+        "429",
+        "500",
+        "503",
+        "408",
+        "half",
+        "html",
+        "no choices",
+        "null",
+        "list",
+        "3",
+        "dictionary",
+        "null choice",
+        "message",
+        "number",
+    ],
 )
 def test_what_is_busy_slow_or_broken_is_asked_again(trouble):
     with ChatServer(lambda number, question, body: trouble if number < 3 else "yes") as chat:
         assert texts(chat.server()) == {0: "yes"}
         assert len(chat.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("usage", "spent"),
+    [
+        ('{"prompt_tokens": 100, "completion_tokens": 10}', Spent(1, 100, 10)),
+        ('{"prompt_tokens": -100, "completion_tokens": 10}', None),
+        ('{"prompt_tokens": "100", "completion_tokens": "10"}', None),
+        ('{"prompt_tokens": true, "completion_tokens": true}', None),
+        ('"n/a"', None),
+        ("null", None),
+    ],
+)
+def test_a_count_of_tokens_that_is_none_is_taken_at_the_most(usage, spent):
+    body = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {usage}}}'
+    with ChatServer(lambda *request: Reply(body=body)) as chat:
+        server = chat.server(max_tokens=30)
+        ((place, answer),) = server.ask(questions(1))
+        assert (place, answer.text, answer.model) == (0, "yes", "")
+        assert answer.spent == spent or (spent is None and answer.spent[1] > 100 and answer.spent[2] == 30)
+
+
+def test_an_answer_in_parts_is_put_together():
+    parts = '[{"type": "thinking", "thinking": []}, {"type": "text", "text": "Bet"}, {"type": "text", "text": "ter"}]'
+    with ChatServer(lambda *request: Reply(body=f'{{"choices": [{{"message": {{"content": {parts}}}}}]}}')) as chat:
+        assert texts(chat.server()) == {0: "Better"}
 
 
 def test_what_is_slow_is_asked_again():
@@ -101,6 +148,15 @@ def test_what_is_slow_is_asked_again():
     with ChatServer(slow) as chat:
         assert texts(chat.server(timeout=0.5)) == {0: "yes"}
         assert len(chat.bodies) >= 3
+
+
+def test_an_answer_that_comes_in_drops_is_waited_for_no_longer():
+    drops = [b" "] * 40
+    with ChatServer(lambda number, question, body: Reply("", drops=drops) if number < 3 else "yes") as chat:
+        start = time.perf_counter()
+        assert texts(chat.server(timeout=0.5, concurrency=1)) == {0: "yes"}
+        assert time.perf_counter() - start < 3  # two times 40 drops are 8 s
+        assert len(chat.bodies) == 3
 
 
 def test_the_server_says_how_long_to_wait():
@@ -115,7 +171,8 @@ def test_waits_double():
     times = []
 
     def busy(number, question, body):
-        times.append(time.perf_counter())
+        if question == "question 0":
+            times.append(time.perf_counter())
         return Reply(status=500, body="{}")
 
     with ChatServer(busy) as chat, pytest.raises(UsageError, match=r"no answer when asked 5 times; .* status 500"):
@@ -125,16 +182,43 @@ def test_waits_double():
         assert wait >= least
 
 
-def test_a_question_that_always_fails_does_not_end_the_run_of_others():
+@pytest.mark.parametrize("concurrency", [1, 2])
+@pytest.mark.parametrize("poison", [0, 2, 7])
+def test_a_question_that_always_fails_does_not_end_the_run_of_others(concurrency, poison):
     def poisoned(number, question, body):
-        return Reply(status=500, body="{}") if question == "question 2" else question
+        return Reply(status=500, body="{}") if question == f"question {poison}" else question
 
     with ChatServer(poisoned) as chat:
-        answers = dict(chat.server(retries=2, concurrency=2, first_wait=0.01).ask(questions(8)))
-        assert answers[2].text is None
-        assert answers[2].error.startswith("status 500")
+        answers = dict(chat.server(retries=2, concurrency=concurrency, first_wait=0.01).ask(questions(8)))
+        answers.pop(None, None)
+        assert answers[poison].text is None
+        assert answers[poison].left_out
+        assert answers[poison].error.startswith("status 500")
         assert sorted(answers) == list(range(8))
-        assert all(answers[place].text == f"question {place}" for place in range(8) if place != 2)
+        assert all(answers[place].text == f"question {place}" for place in range(8) if place != poison)
+
+
+def test_a_server_that_was_away_for_a_while_costs_no_question():
+    away = range(4, 4 + 2 * 4)
+
+    def returns(number, question, body):
+        return Reply(status=503, body="{}") if number in away else question
+
+    with ChatServer(returns) as chat:
+        assert texts(chat.server(retries=1, concurrency=4), 12) == {n: f"question {n}" for n in range(12)}
+
+
+def test_many_questions_that_fail_or_are_refused_do_not_end_the_run_of_one_that_is_answered():
+    def picky(number, question, body):
+        place = int(question.split()[1]) if question.startswith("question") else 0
+        return "yes" if place in (0, 19) else Reply(status=500 if place % 5 == 0 else 400, body="{}")
+
+    with ChatServer(picky) as chat:
+        answers = dict(chat.server(retries=1, concurrency=1).ask(questions(20)[1:]))
+    answers.pop(None)
+    assert answers.pop(18).text == "yes"
+    assert len(answers) == 18
+    assert all(answer.left_out for answer in answers.values())
 
 
 def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_is_handed_over():
@@ -196,7 +280,7 @@ def test_a_question_that_is_refused_is_left_out():
     assert answers[0].error == "status 400: too long"
 
 
-@pytest.mark.parametrize(("count", "asked"), [(3, 3), (100, 8)])
+@pytest.mark.parametrize(("count", "asked"), [(3, 3 + 1), (100, 8 + 1)])  # and something easy
 def test_a_server_that_refuses_everything_ends_the_run(count, asked):
     refusal = Reply(status=400, body='{"error": {"message": "no temperature, please"}}')
     with (
@@ -226,6 +310,39 @@ def test_caps_without_prices(cap, number):
     with ChatServer(echo) as chat, pytest.raises(UsageError, match=next(iter(cap))):
         got.extend(chat.server(**cap, max_tokens=20).ask(questions(50)))
     assert len(got) == len(chat.bodies) == number
+
+
+@pytest.mark.parametrize(
+    ("trouble", "tokens"),
+    [
+        (Reply(body='{"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}'), (100, 10)),
+        (Reply(body="{"), None),
+        (Reply("late", after=1.0), None),
+        (Reply(status=500, body="{}"), (0, 0)),
+    ],
+    ids=["no choices", "half", "late", "status"],
+)
+def test_what_may_have_been_charged_for_no_answer_counts(trouble, tokens):
+    with ChatServer(lambda number, question, body: trouble if number == 1 else "yes") as chat:
+        server = chat.server(max_requests=1, max_tokens=20, timeout=0.4)
+        if tokens == (0, 0):
+            assert texts(server) == {0: "yes"}
+            return
+        got = []
+        with pytest.raises(UsageError, match=r"`max_requests`, 1, may be passed .* 1 were answered .* 1 are left"):
+            got.extend(server.ask(questions(1)))
+        assert len(chat.bodies) == 1
+    ((place, answer),) = got
+    assert (place, answer.text, answer.left_out) == (0, None, False)
+    assert answer.spent[0] == 1
+    assert answer.spent[1:] == tokens or (tokens is None and answer.spent[1] > 100 and answer.spent[2] == 20)
+
+
+def test_an_answer_tells_of_all_that_was_paid_for_it():
+    empty = Reply(body='{"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}')
+    with ChatServer(lambda number, question, body: empty if number < 3 else "yes") as chat:
+        ((_, answer),) = chat.server().ask(questions(1))
+    assert (answer.text, answer.spent) == ("yes", Spent(3, 300, 30))
 
 
 def test_what_was_spent_before_counts():
