@@ -49,7 +49,7 @@ TOOLS: dict[str, Tool | dict[str, Tool]] = {
         ),
         "win_rate": Tool(
             "dpo_lightning.evaluation.win_rate:win_rate",
-            ("dpo_lightning.judges:Judge", "dpo_lightning.data.sources:Source"),
+            ("dpo_lightning.judges:Judge", "dpo_lightning.scorers:Scorer", "dpo_lightning.data.sources:Source"),
             goes_on=True,
         ),
         "agreement": Tool("dpo_lightning.evaluation.agreement:agreement"),

@@ -44,6 +44,7 @@ class Matched(NamedTuple):
         first: The response.
         second: The other.
         tokens: Tokens of both, where they were counted.
+        best_of: Of how many of the prompt's samples it was chosen; None where none was.
     """
 
     row: int
@@ -53,6 +54,7 @@ class Matched(NamedTuple):
     first: str
     second: str
     tokens: tuple[int | None, int | None]
+    best_of: int | None = None
 
 
 def read_side(path: str | Source, column: str, prompt: str = "prompt", temperature: float | None = None) -> list[Side]:

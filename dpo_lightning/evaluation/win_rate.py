@@ -11,12 +11,14 @@ import numpy as np
 
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
+from dpo_lightning.evaluation.best_of_n import best_of_each
 from dpo_lightning.evaluation.sides import Matched, match, read_side
 from dpo_lightning.evaluation.statistics import rate_interval
 from dpo_lightning.evaluation.verdicts import prompt_name
 from dpo_lightning.journal import SETTINGS, write_whole
 from dpo_lightning.judges import Comparison, Judge
 from dpo_lightning.recipes import to_plain
+from dpo_lightning.scorers import Scorer
 
 LIKE = 0.8  # shorter over longer, in characters, from which on two responses count as of like length
 
@@ -31,11 +33,13 @@ def win_rate(
     samples_column: str = "chosen",
     prompt_column: str = "prompt",
     against_temperature: float | None = None,
+    best_of: list[int] | None = None,
+    chooser: Scorer | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """How often samples are better than given responses, by a judge, at each temperature.
 
-    A tie counts one half. The judge's answers and the verdicts lie beside the result.
+    A tie counts one half. The judge's answers and the verdicts lie beside the result, and so do a chooser's scores.
 
     Args:
         samples: File of samples, of one temperature or several; or of data, with responses in a column.
@@ -47,14 +51,18 @@ def win_rate(
         samples_column: Column of the responses to judge, where those are data.
         prompt_column: Column of the prompt in data.
         against_temperature: Which samples to compare with, where they are of several temperatures.
+        best_of: Numbers N, as in [1,4,16]; for each the best of the first N samples of a prompt alone is judged,
+            as the chooser finds it.
+        chooser: What picks the best of N, such as a reward model.
         overwrite: Ask the judge anew, whatever answers lie beside the result.
 
     Returns:
         The result, and the verdicts, one line a comparison.
 
     Raises:
-        UsageError: If a prompt of the samples has no response to compare with.
+        UsageError: If a prompt of the samples has no response to compare with, or fewer samples than `best_of` says.
     """
+    _check(best_of, chooser)
     target = Path(out)
     if target.suffix != ".json":
         raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
@@ -62,6 +70,8 @@ def win_rate(
     others = read_side(against, column, prompt_column, against_temperature)
     matched = match(sides, others, str(against))
     target.parent.mkdir(parents=True, exist_ok=True)
+    if best_of is not None and chooser is not None:
+        matched = best_of_each(matched, sorted(set(best_of)), chooser, target.with_suffix(".scores.jsonl"))
     comparisons = [Comparison(one.prompt, one.first, one.second) for one in matched]
     answers = target.with_suffix(".answers.jsonl")
     if overwrite:
@@ -70,12 +80,11 @@ def win_rate(
     verdicts = judge.compare(comparisons, answers)
     beside = target.with_suffix(".verdicts.jsonl")
     write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
-    rows = [
-        {"temperature": temperature, **summary(*zip(*own, strict=True))}
-        for temperature in dict.fromkeys(one.temperature for one in matched)
-        for own in [[pair for pair in zip(matched, verdicts, strict=True) if pair[0].temperature == temperature]]
-    ]
-    settings = {"samples": samples, "against": str(against), "column": column, "judge": to_plain(judge)}
+    rows = _rows(matched, verdicts)
+    settings = {
+        "samples": samples, "against": str(against), "column": column, "judge": to_plain(judge),
+        "chooser": to_plain(chooser),
+    }  # fmt: skip
     write_whole(target, json.dumps({"kind": "win_rate", "rows": rows, "settings": settings}, indent=2) + "\n")
     print("\n".join(in_words(row) for row in rows))
     return [target, beside]
@@ -118,11 +127,38 @@ def summary(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> dic
 def in_words(row: dict[str, Any]) -> str:
     """A row as a line for people."""
     name = "given responses" if row["temperature"] is None else f"temperature {row['temperature']:g}"
+    if row["best_of"] is not None:
+        name += f", best of {row['best_of']}"
     counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses, {row['unreadable']} unreadable"
     alike, length = row["of_like_length"], row["length"]
     lengths = f"characters {_shown(length['characters'], '.0f')} against {_shown(length['characters_against'], '.0f')}"
     controlled = f"of like length {_shown(alike['win_rate'])}{_within(alike)} of {alike['compared']}"
     return f"{name:16}   win rate {_shown(row['win_rate'])}{_within(row)}   {counts}   {lengths}   {controlled}"
+
+
+def _check(best_of: list[int] | None, chooser: Scorer | None) -> None:
+    if best_of is None and chooser is None:
+        return
+    if chooser is None:
+        raise UsageError(
+            f"`best_of` {best_of} needs a `chooser` that picks the best, such as RewardModel with its `path`."
+        )
+    if not best_of or min(best_of) < 1:
+        raise UsageError(
+            "`chooser` picks the best of N samples; say of how many by `best_of`, numbers of 1 or more as in [1,4,16], "
+            f"got {best_of}."
+        )
+
+
+def _rows(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> list[dict[str, Any]]:
+    """A row for each temperature, and each N of which the best was chosen."""
+    together: dict[tuple[float | None, int | None], list[tuple[Matched, float | None]]] = {}
+    for one, verdict in zip(matched, verdicts, strict=True):
+        together.setdefault((one.temperature, one.best_of), []).append((one, verdict))
+    return [
+        {"temperature": temperature, "best_of": number, **summary(*zip(*own, strict=True))}
+        for (temperature, number), own in together.items()
+    ]
 
 
 def _shown(value: float | None, style: str = ".3f") -> str:

@@ -8,6 +8,7 @@ from dpo_lightning.evaluation.sides import Matched
 from dpo_lightning.evaluation.statistics import rate_interval
 from dpo_lightning.evaluation.win_rate import summary, win_rate
 from dpo_lightning.judges import Judge
+from dpo_lightning.scorers import Function
 from dpo_lightning.tools import run_tool
 
 
@@ -42,6 +43,7 @@ SAMPLES = [
     sampled(1, "one", ["aa", "b?"], 0.5), sampled(2, "two", ["b", "aab"], 0.5),
     sampled(1, "one", ["b", "ba"], 1.0), sampled(2, "two", ["a", "a"], 1.0),
 ]  # fmt: skip
+LENGTH = Function(path="builtins.len")
 
 
 def run(tmp_path, samples, against, **options):
@@ -74,6 +76,28 @@ def test_a_row_a_temperature_by_hand(tmp_path):
     )
     assert (tmp_path / "out/rate.answers.jsonl").read_text() == "8 asked\n"
     assert result["settings"]["judge"]["init_args"] == {"letter": "a"}
+
+
+def test_the_best_of_n_by_hand(tmp_path):
+    samples, against = lines(tmp_path / "samples.jsonl", SAMPLES), lines(tmp_path / "given.jsonl", GIVEN)
+    choice = {"chooser": LENGTH, "best_of": [2, 1]}
+    result, verdicts = run(tmp_path, samples, against, **choice)
+    first, longest = verdicts[:4], verdicts[4:]
+    assert [(line["first"], line["best_of"], line["verdict"]) for line in first] == [
+        ("aa", 1, 1), ("b", 1, 0.5), ("b", 1, 0), ("a", 1, 1),
+    ]  # fmt: skip
+    # b? is as long as aa, which comes before it
+    assert [(line["first"], line["sample"], line["best_of"], line["verdict"]) for line in longest] == [
+        ("aa", 1, 2, 1), ("aab", 2, 2, 1), ("ba", 2, 2, 0.5), ("a", 1, 2, 1),
+    ]  # fmt: skip
+    assert [(row["best_of"], row["temperature"], row["win_rate"], row["compared"]) for row in result["rows"]] == [
+        (1, 0.5, 0.75, 2), (1, 1.0, 0.5, 2), (2, 0.5, 1.0, 2), (2, 1.0, 0.75, 2),
+    ]  # fmt: skip
+    assert result["settings"]["chooser"]["init_args"]["path"] == "builtins.len"
+    kept = (tmp_path / "out/rate.scores.jsonl").read_text()
+    assert len(kept.splitlines()) == 7  # a and a of a prompt are one
+    run(tmp_path, samples, against, **choice)
+    assert (tmp_path / "out/rate.scores.jsonl").read_text() == kept
 
 
 def test_prompts_are_matched_by_their_words_where_rows_differ(tmp_path):
@@ -121,6 +145,10 @@ def test_answers_stay_for_a_run_that_goes_on_and_go_when_it_begins_anew(tmp_path
         ([{"prompt": "one"}], {}, "row 1: column 'chosen' must hold a response"),
         (SAMPLES, {"against_temperature": 0.7}, r"no samples of temperature 0\.7, but of 0\.5, 1"),
         (GIVEN, {"against_temperature": 0.7}, "is no file of samples"),
+        (GIVEN, {"best_of": [1, 3], "chooser": LENGTH}, "`best_of` 3 needs .* and prompt 1 has 2"),
+        (GIVEN, {"best_of": [2]}, r"`best_of` \[2\] needs a `chooser`"),
+        (GIVEN, {"chooser": LENGTH}, "say of how many by `best_of`, .*, got None"),
+        (GIVEN, {"best_of": [0, 1], "chooser": LENGTH}, r"numbers of 1 or more .*, got \[0, 1\]"),
     ],
 )
 def test_refusals(tmp_path, against, options, message):
@@ -149,3 +177,6 @@ def test_from_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "temperature 0.5    win rate" in printed
     assert f"Written: {tmp_path}/rate.verdicts.jsonl" in printed
+    best = ["--best_of", "[1,2]", "--chooser", "Function", "--chooser.path", "builtins.len"]
+    run_tool("evaluate", ["win_rate", samples, against, f"{tmp_path}/best.json", *judge, *best])
+    assert "temperature 0.5, best of 2   win rate" in capsys.readouterr().out
