@@ -31,11 +31,29 @@ def test_a_scorer_a_judge_and_chance_by_the_command_line(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "known.yaml", "--out", "b.jsonl"],
+        ["--out=b.jsonl", "--config", "known.yaml"],
+        ["samples.jsonl", "--config", "known.yaml", "--out", "b.jsonl", "--pairs", "all"],
+    ],
+)
+def test_what_has_a_place_may_have_its_name_over_a_config(folder, arguments):
+    (folder / "known.yaml").write_text(
+        "samples: samples.jsonl\nout: a.jsonl\nlabeller: {class_path: Function, init_args: {path: builtins.len}}\n"
+    )
+    run_tool("label", arguments)
+    assert (folder / "b.jsonl").exists()
+    assert not (folder / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--labeller", "Functio"], "there is no class 'Functio' (did you mean 'Function'?)"),
         (["--labeller", "Function", "--labeller.pat", "x"], "Function has no key 'pat' (did you mean 'path'?)"),
         (["--labeller", "Function"], "Function needs path"),
+        (["--labeller", "Function", "--labeller.path", "builtins.len", "--out"], "--out needs a value"),
         (["--labeller", "Function", "--labeller.path", "nowhere.score"], "There is no module nowhere"),
         (["--labeller", "Function", "--labeller.path", "builtins.len", "--pairs", "random"], "give both, or neither"),
     ],
