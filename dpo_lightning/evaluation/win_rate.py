@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
-from dpo_lightning.evaluation.sides import Matched, match, read_side
+from dpo_lightning.evaluation.sides import Matched, match, partners, read_side, unmatched
 from dpo_lightning.evaluation.statistics import rate_interval
 from dpo_lightning.evaluation.verdicts import prompt_name
 from dpo_lightning.journal import SETTINGS, write_whole
@@ -35,7 +35,8 @@ def win_rate(
 ) -> list[Path]:
     """How often samples are better than given responses, by a judge, at each temperature.
 
-    A tie counts one half. The judge's answers and the verdicts lie beside the result.
+    A tie counts one half. The judge's answers and the verdicts lie beside the result. Where one side has more samples
+    of a prompt than the other, those without a partner are left out, and counted.
 
     Args:
         samples: File of samples, of one temperature or several; or of data, with responses in a column.
@@ -60,7 +61,8 @@ def win_rate(
         raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
     sides = read_side(samples, samples_column, prompt_column)
     others = read_side(against, column, prompt_column, against_temperature)
-    matched = match(sides, others, str(against))
+    both = partners(sides, others, str(against))
+    matched = match(both)
     target.parent.mkdir(parents=True, exist_ok=True)
     comparisons = [Comparison(one.prompt, one.first, one.second) for one in matched]
     answers = target.with_suffix(".answers.jsonl")
@@ -71,11 +73,20 @@ def win_rate(
     beside = target.with_suffix(".verdicts.jsonl")
     write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
     rows = [
-        {"temperature": temperature, **summary(*zip(*own, strict=True))}
+        {"temperature": temperature, **summary(*zip(*own, strict=True)), "without_partner": left._asdict()}
         for temperature in dict.fromkeys(one.temperature for one in matched)
         for own in [[pair for pair in zip(matched, verdicts, strict=True) if pair[0].temperature == temperature]]
+        for left in [unmatched([pair for pair in both if pair[0].temperature == temperature])]
     ]
-    settings = {"samples": samples, "against": str(against), "column": column, "judge": to_plain(judge)}
+    settings = {
+        "samples": samples,
+        "against": str(against),
+        "column": column,
+        "samples_column": samples_column,
+        "prompt_column": prompt_column,
+        "against_temperature": against_temperature,
+        "judge": to_plain(judge),
+    }
     write_whole(target, json.dumps({"kind": "win_rate", "rows": rows, "settings": settings}, indent=2) + "\n")
     print("\n".join(in_words(row) for row in rows))
     return [target, beside]
@@ -122,7 +133,15 @@ def in_words(row: dict[str, Any]) -> str:
     alike, length = row["of_like_length"], row["length"]
     lengths = f"characters {_shown(length['characters'], '.0f')} against {_shown(length['characters_against'], '.0f')}"
     controlled = f"of like length {_shown(alike['win_rate'])}{_within(alike)} of {alike['compared']}"
-    return f"{name:16}   win rate {_shown(row['win_rate'])}{_within(row)}   {counts}   {lengths}   {controlled}"
+    rate = f"win rate {_shown(row['win_rate'])}{_within(row)}"
+    return "   ".join([f"{name:16}", rate, counts, lengths, controlled, *_left(row["without_partner"])])
+
+
+def _left(without_partner: dict[str, int]) -> list[str]:
+    """What was compared with nothing, where there is such."""
+    named = {"samples": "of the samples", "against": "of the other side"}
+    left = [f"{count} {named[side]}" for side, count in without_partner.items() if count]
+    return [f"without a partner {' and '.join(left)}"] if left else []
 
 
 def _shown(value: float | None, style: str = ".3f") -> str:
