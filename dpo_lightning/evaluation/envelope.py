@@ -70,9 +70,9 @@ def reward_at(curve: Sequence[Vertex], kl: float) -> tuple[float, float | None] 
     r"""Reward of an envelope within a KL, and its standard error; None below the least KL that it knows.
 
     Beyond the best point it stays: nobody has to spend all of a KL. Between two points the error is
-    :math:`(1 - s) \sigma_a + s \sigma_b` at the share s of the way, the largest that the errors of both allow. It is
-    reached where they are wholly correlated, and points measured on the same prompts are: a prompt that is easy for one
-    policy is so for the next. The error is that of rewards; KL is taken as it was measured.
+    :math:`(1 - s) \sigma_a + s \sigma_b` at the share s of the way: the upper bound whatever their correlation, which
+    no file tells and which is positive for points on the same prompts, as a prompt that is easy for one policy is so
+    for the next. It is the error of rewards alone; KL is taken as it was measured.
     """
     if not curve or kl < curve[0].kl:
         return None
