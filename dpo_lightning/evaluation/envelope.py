@@ -17,12 +17,12 @@ class Vertex(NamedTuple):
     Attributes:
         kl: In nats.
         reward: Most that is had for it.
-        se: Standard error of the reward, 0 where it is not known.
+        se: Standard error of the reward; None where it is not known.
     """
 
     kl: float
     reward: float
-    se: float = 0.0
+    se: float | None = None
 
 
 class Advantage(NamedTuple):
@@ -34,6 +34,7 @@ class Advantage(NamedTuple):
         mean: Mean difference of rewards over this range of KL.
         least: Smallest difference in it.
         most: Largest.
+        se: Upper bound of the standard error of the mean difference; None where errors are not known.
     """
 
     low: float
@@ -41,6 +42,7 @@ class Advantage(NamedTuple):
     mean: float
     least: float
     most: float
+    se: float | None = None
 
 
 def envelope(points: Sequence[Point]) -> list[Vertex]:
@@ -54,7 +56,7 @@ def envelope(points: Sequence[Point]) -> list[Vertex]:
     end = min((point.kl for point in points if point.reward == best), default=0.0)
     hull: list[Vertex] = []
     for point in sorted(points, key=lambda point: (point.kl, -point.reward)):
-        vertex = Vertex(point.kl, point.reward, point.reward_se or 0.0)
+        vertex = Vertex(point.kl, point.reward, point.reward_se)
         if vertex.kl > end or (hull and vertex.kl == hull[-1].kl):
             continue
         while len(hull) > 1 and _is_below(hull[-2], hull[-1], vertex):
@@ -64,10 +66,13 @@ def envelope(points: Sequence[Point]) -> list[Vertex]:
     return [*hull, hull[-1]._replace(kl=farthest)] if farthest > end else hull
 
 
-def reward_at(curve: Sequence[Vertex], kl: float) -> tuple[float, float] | None:
-    """Reward of an envelope within a KL, and its standard error; None below the least KL that it knows.
+def reward_at(curve: Sequence[Vertex], kl: float) -> tuple[float, float | None] | None:
+    r"""Reward of an envelope within a KL, and its standard error; None below the least KL that it knows.
 
-    Beyond the best point it stays: nobody has to spend all of a KL.
+    Beyond the best point it stays: nobody has to spend all of a KL. Between two points the error is
+    :math:`(1 - s) \sigma_a + s \sigma_b` at the share s of the way: the upper bound whatever their correlation, which
+    no file tells and which is positive for points on the same prompts, as a prompt that is easy for one policy is so
+    for the next. It is the error of rewards alone; KL is taken as it was measured.
     """
     if not curve or kl < curve[0].kl:
         return None
@@ -76,14 +81,17 @@ def reward_at(curve: Sequence[Vertex], kl: float) -> tuple[float, float] | None:
     right = next(index for index, vertex in enumerate(curve) if vertex.kl > kl)
     a, b = curve[right - 1], curve[right]
     share = (kl - a.kl) / (b.kl - a.kl)
-    se = ((1 - share) ** 2 * a.se**2 + share**2 * b.se**2) ** 0.5
+    se = None if a.se is None or b.se is None else a.se + share * (b.se - a.se)
     return a.reward + share * (b.reward - a.reward), se
 
 
 def advantage(first: Sequence[Vertex], second: Sequence[Vertex]) -> Advantage | None:
-    """What the first envelope has over the second at equal KL; None where they share no range of KL.
+    r"""What the first envelope has over the second at equal KL; None where they share no range of KL.
 
-    The range ends where the shorter of the two does: what lies beyond nobody measured.
+    The range ends where the shorter of the two does: what lies beyond nobody measured. The mean difference is a sum of
+    rewards with weights, so whatever their correlations its error is at most the sum of their errors with the sizes of
+    these weights, and that at most the mean of :math:`\sigma_1 + \sigma_2` over the range. Errors that both envelopes
+    share, as those of the same prompts, are really less.
     """
     if not first or not second:
         return None
@@ -91,10 +99,11 @@ def advantage(first: Sequence[Vertex], second: Sequence[Vertex]) -> Advantage | 
     if low > high:
         return None
     places = sorted({low, high, *(vertex.kl for vertex in [*first, *second] if low < vertex.kl < high)})
-    gaps = [_reward(first, kl) - _reward(second, kl) for kl in places]
-    pieces = zip(pairwise(places), pairwise(gaps), strict=True)
-    area = sum((end - begin) * (left + right) / 2 for (begin, end), (left, right) in pieces)
-    return Advantage(low, high, area / (high - low) if high > low else gaps[0], min(gaps), max(gaps))
+    both = [(_at(first, kl), _at(second, kl)) for kl in places]
+    gaps = [one - other for (one, _), (other, _) in both]
+    errors = [one + other for (_, one), (_, other) in both if one is not None and other is not None]
+    se = _mean(places, errors) if len(errors) == len(places) else None
+    return Advantage(low, high, _mean(places, gaps), min(gaps), max(gaps), se)
 
 
 def levels(curve: Sequence[Vertex], most: int = 6) -> list[float]:
@@ -103,10 +112,18 @@ def levels(curve: Sequence[Vertex], most: int = 6) -> list[float]:
     return [level for level in series if curve and curve[0].kl <= level <= curve[-1].kl][-most:]
 
 
-def _reward(curve: Sequence[Vertex], kl: float) -> float:
+def _at(curve: Sequence[Vertex], kl: float) -> tuple[float, float | None]:
     found = reward_at(curve, kl)
     assert found is not None
-    return found[0]
+    return found
+
+
+def _mean(places: Sequence[float], values: Sequence[float]) -> float:
+    """Mean over a range of what is linear from place to place."""
+    if len(places) == 1:
+        return values[0]
+    pieces = zip(pairwise(places), pairwise(values), strict=True)
+    return sum((end - begin) * (left + right) / 2 for (begin, end), (left, right) in pieces) / (places[-1] - places[0])
 
 
 def _is_below(a: Vertex, b: Vertex, c: Vertex) -> bool:

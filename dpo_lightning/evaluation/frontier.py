@@ -57,7 +57,8 @@ def equal_kl(points: Sequence[Point], baseline: str = "DPO") -> Table:
         baseline: Whose advantage is told.
 
     Returns:
-        Rows of cells, the first of them the head. Advantages are means over the KL that both methods reach.
+        Rows of cells, the first of them the head. Advantages are means over the KL that both methods reach. Errors are
+        upper bounds, as :func:`reward_at` and :func:`advantage` have them.
     """
     points = [replace(point, kl=0.0) if abs(point.kl) < SAME else point for point in points]
     methods = list(dict.fromkeys(point.method for point in points))
@@ -85,17 +86,19 @@ def _reward(curve: Sequence[Vertex], kl: float) -> str:
     if found is None or kl > curve[-1].kl:
         return "-"
     reward, se = found
-    return f"{reward:.3f}" + (f" ± {se:.3f}" if se else "")
+    return f"{reward:.3f}{_error(se)}"
 
 
 def _advantage(own: Sequence[Vertex] | None, other: Sequence[Vertex], same: bool) -> list[str]:
     found = None if own is None or same else advantage(own, other)
     if found is None:
         return ["-"] * 4
-    return [
-        *(f"{value:+.3f}" for value in (found.mean, found.least, found.most)),
-        f"{found.low:.3g} to {found.high:.3g}",
-    ]
+    mean = f"{found.mean:+.3f}{_error(found.se)}"
+    return [mean, f"{found.least:+.3f}", f"{found.most:+.3f}", f"{found.low:.3g} to {found.high:.3g}"]
+
+
+def _error(se: float | None) -> str:
+    return f" ± {se:.3f}" if se else ""
 
 
 def _cell(value: object) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import hypot
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_lightning.errors import UsageError
@@ -13,15 +14,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scale = Literal["linear", "sqrt"]
+Line = str | tuple[float, tuple[float, ...]]
 # Okabe and Ito's colours, told apart by the colour-blind; the yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-OF_BOUNDS = "#000000"
+MORE = ("inferno", 0.1, 0.65)  # colormap, and the part of it that is like none of these, for further methods
+PALEST = 0.55  # grey of bounds, of which the first are black
 APART = 26  # points between places whose names are written beside them
+WIDTH = 44  # characters of a line of the legend
 MARKERS = "osD^vPX*<>"
+MARKERS_OF_BOUNDS = "dph8"
+DASHES: tuple[Line, ...] = ("--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 
 
 def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
-    """Reward against KL: a colour a method, a marker a run, bounds of KL dashed; bars are standard errors.
+    """Reward against KL: a colour a method, a marker a run, bounds of KL dashed and grey; bars are standard errors.
 
     Args:
         points: At least one.
@@ -36,14 +42,15 @@ def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
         raise UsageError('Pictures need matplotlib: pip install -c constraints.txt -e ".[plot]".') from None
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for method, colour in colours(points).items():
-        _draw_method(axes, [point for point in points if point.method == method], colour)
+    of_methods = colours(points)
+    for place, (method, colour) in enumerate(of_methods.items()):
+        _draw_method(axes, [point for point in points if point.method == method], colour, place)
     if scale == "sqrt":
         axes.set_xscale("function", functions=(_signed_root, _signed_square))
     axes.margins(x=0.09)  # room for the names of points at KL 0
     axes.set_xlabel("KL to the reference, nats a sample" + (" (square-root scale)" if scale == "sqrt" else ""))
     axes.set_ylabel("mean reward of samples")
-    _name_bounds(axes, points)
+    _name_bounds(axes, points, of_methods)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, borderaxespad=0,
@@ -52,16 +59,33 @@ def draw(points: Sequence[Point], scale: Scale = "linear") -> Figure:
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
-    """A colour for each method, in the order in which they come; black for those whose KL is a bound."""
+    """A colour for each method, no two alike: first black and greys for those whose KL is a bound, then the others.
+
+    Within both the order is that in which they come.
+    """
+    bounds = list(dict.fromkeys(point.method for point in points if point.kl_is_bound))
     methods = list(dict.fromkeys(point.method for point in points if not point.kl_is_bound))
-    bounds = {point.method: OF_BOUNDS for point in points if point.kl_is_bound}
-    return bounds | {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+    greys = [f"#{round(255 * PALEST * place / max(1, len(bounds) - 1)):02x}" for place in range(len(bounds))]
+    found = {method: grey + 2 * grey[1:] for method, grey in zip(bounds, greys, strict=True)}
+    return found | dict(zip(methods, [*COLOURS, *_more(len(methods) - len(COLOURS))], strict=False))
 
 
-def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
+def _more(count: int) -> list[str]:
+    """Colours beyond the first ones."""
+    if count <= 0:
+        return []
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    name, low, high = MORE
+    return [to_hex(colormaps[name](low + (high - low) * (place + 0.5) / count)) for place in range(count)]
+
+
+def _draw_method(axes: Any, points: Sequence[Point], colour: str, place: int) -> None:
     bounds = sorted((point for point in points if point.kl_is_bound), key=lambda point: point.kl)
     if bounds:
-        _draw_run(axes, bounds, f"{bounds[0].method} (KL: upper bound)", colour, "d", "--")
+        marker, line = MARKERS_OF_BOUNDS[place % len(MARKERS_OF_BOUNDS)], DASHES[place % len(DASHES)]
+        _draw_run(axes, bounds, f"{bounds[0].method} (KL: upper bound)", colour, marker, line)
     runs = dict.fromkeys(point.label for point in points if not point.kl_is_bound)
     for index, label in enumerate(runs):
         own = [point for point in points if point.label == label and not point.kl_is_bound]
@@ -70,7 +94,7 @@ def _draw_method(axes: Any, points: Sequence[Point], colour: str) -> None:
         _draw_run(axes, own, name, colour, MARKERS[index % len(MARKERS)], "-")
 
 
-def _name_bounds(axes: Any, points: Sequence[Point]) -> None:
+def _name_bounds(axes: Any, points: Sequence[Point], of_methods: Mapping[str, str]) -> None:
     """Names beside points, those of larger KL first, where they have room; the axes have their scale and limits."""
     axes.get_xlim(), axes.get_ylim()  # finds the limits, which are found no sooner
     places: list[tuple[float, float]] = []
@@ -79,16 +103,16 @@ def _name_bounds(axes: Any, points: Sequence[Point]) -> None:
         if all(hypot(x - left, y - low) >= APART * axes.figure.dpi / 72 for left, low in places):
             places.append((x, y))
             axes.annotate(point.label, (point.kl, point.reward), xytext=(-4, 4), fontsize=7,
-                          textcoords="offset points", ha="right", color=OF_BOUNDS)  # fmt: skip
+                          textcoords="offset points", ha="right", color=of_methods[point.method])  # fmt: skip
 
 
-def _draw_run(axes: Any, points: Sequence[Point], name: str, colour: str, marker: str, line: str) -> None:
+def _draw_run(axes: Any, points: Sequence[Point], name: str, colour: str, marker: str, line: Line) -> None:
     axes.errorbar(
         [point.kl for point in points],
         [point.reward for point in points],
         xerr=[point.kl_se or 0.0 for point in points],
         yerr=[point.reward_se or 0.0 for point in points],
-        label=name,
+        label=fill(name, WIDTH),
         color=colour,
         marker=marker,
         linestyle=line,

@@ -30,7 +30,8 @@ class Point:
         kl_is_bound: Whether the KL is an upper bound, as for best of n.
         prompts: Number of prompts.
         samples: Number of samples.
-        prompt_reward_sd: Standard deviation over prompts of the mean reward of a prompt; None of a single one.
+        prompt_reward_sd: Standard deviation over prompts of the expected reward of a prompt's samples; None of a single
+            prompt, and where one has a single sample.
         length_mean: Tokens of a sample, end token included; None where they were not counted.
         length_median: The same.
         finished: Share of samples that came to their end token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def reward_kl(
         picked_by = chooser if len(found) == len(passes) - 1 else None  # the last samples are those of best of N
         found.append(_measure(engine, asked, drawing, scorer, picked_by, path, known, overwrite))
     named = {"method": method or Path(policy).name, "label": label, "step": step}
-    picked = BEST_OF_N if chooser is None else f"{BEST_OF_N} by {type(chooser).__name__}"
+    picked = BEST_OF_N if chooser is None else f"{BEST_OF_N} by {called(chooser)}"
     points = [point_of(found[0], **named), *(best_of_n_point(found[-1], n, picked) for n in sorted(set(best_of or [])))]
     models_and_scorers = {"policy": policy, "reference": reference, "scorer": to_plain(scorer)}
     asked_how = {"chooser": to_plain(chooser), "chat": to_plain(chat), **how._asdict()}
@@ -145,6 +146,20 @@ def in_words(point: Point) -> str:
     kl = f"KL {point.kl:.3f} nats" + (" at most" if point.kl_is_bound else _error(point.kl_se))
     length = "" if point.length_mean is None else f"   {point.length_mean:.1f} tokens, {point.finished:.0%} finished"
     return f"{name:24}   reward {point.reward:.4f}{_error(point.reward_se)}   {kl}{length}"
+
+
+def called(scorer: Scorer) -> str:
+    """Class of a scorer, its path and whatever else it was told, so that two of a class differ.
+
+    Settings that are as by default, or that change no score, are left out.
+    """
+    told: tuple[Field[Any], ...] = fields(scorer) if is_dataclass(scorer) else ()
+    aside = getattr(scorer, "ASIDE", ())
+    settings = {field.name: getattr(scorer, field.name) for field in told if field.name not in aside}
+    default = {field.name: field.default for field in told}
+    own = {name: value for name, value in settings.items() if value != default[name]}
+    words = [str(value) if name == "path" else f"{name}={value}" for name, value in own.items()]
+    return " ".join([type(scorer).__name__, *words])
 
 
 def _error(se: float | None) -> str:

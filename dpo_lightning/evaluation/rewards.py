@@ -15,7 +15,7 @@ from dpo_lightning.data.collate import collate
 from dpo_lightning.data.example import TokenizedExample
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.points import Point
-from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, clustered_mean
+from dpo_lightning.evaluation.statistics import best_of_n, best_of_n_kl, between_groups_sd, clustered_mean
 from dpo_lightning.generation import Continuation, sample
 from dpo_lightning.generation.prompts import Numbered, PromptEncoding
 from dpo_lightning.scorers import Prompt
@@ -208,11 +208,10 @@ def best_of_n_point(measured: Sequence[Measured], n: int, method: str = BEST_OF_
 
 def _described(measured: Sequence[Measured]) -> dict[str, Any]:
     tokens = _joined(one.drawn.tokens for one in measured)
-    means = [float(np.mean(one.rewards)) for one in measured]
     return {
         "prompts": len(measured),
         "samples": len(tokens),
-        "prompt_reward_sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "prompt_reward_sd": between_groups_sd(one.rewards for one in measured),
         "length_mean": float(np.mean(tokens)),
         "length_median": float(np.median(tokens)),
         "finished": float(np.mean(_joined(one.drawn.finished for one in measured))),

@@ -57,6 +57,21 @@ class Matched(NamedTuple):
     best_of: int | None = None
 
 
+class Unmatched(NamedTuple):
+    """Numbers of responses to prompts that both sides answer, but one of them more often.
+
+    Attributes:
+        samples: Responses to judge that have no partner.
+        against: Those of the other side.
+    """
+
+    samples: int
+    against: int
+
+
+Partners = tuple[Side, Side]  # responses to judge, and the other side's to the same prompt
+
+
 def read_side(path: str | Source, column: str, prompt: str = "prompt", temperature: float | None = None) -> list[Side]:
     """Responses of a file.
 
@@ -82,8 +97,8 @@ def read_side(path: str | Source, column: str, prompt: str = "prompt", temperatu
     return [_of_data(row, f"{path}, row {number}", number, column, prompt) for number, row in rows]
 
 
-def match(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[Matched]:
-    """Each response with the other side's of the same prompt: the n-th with the n-th, or all with the only one.
+def partners(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[Partners]:
+    """Responses of both sides to each prompt.
 
     Args:
         sides: Responses to judge.
@@ -91,7 +106,7 @@ def match(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[M
         against: What messages call those.
 
     Raises:
-        UsageError: If a prompt has no partner, or no two prompts have their names.
+        UsageError: If a prompt has no partner.
     """
     temperatures = sorted({side.temperature for side in others if side.temperature is not None})
     if len(temperatures) > 1:
@@ -100,12 +115,33 @@ def match(sides: Sequence[Side], others: Sequence[Side], against: str) -> list[M
         )
     by_row = {side.row: side for side in others}
     by_prompt = {str(side.prompt): side for side in reversed(others) if side.prompt is not None}
-    matched: list[Matched] = []
-    for side in sides:
-        matched += _pairs(side, _partner(side, by_row, by_prompt, against))
+    return [(side, _partner(side, by_row, by_prompt, against)) for side in sides]
+
+
+def match(found: Sequence[Partners]) -> list[Matched]:
+    """Each response with the other side's of the same prompt: the n-th with the n-th, or all with the only one.
+
+    Args:
+        found: Responses of both sides to each prompt.
+
+    Raises:
+        UsageError: If there is nothing to compare, or no two prompts have their names.
+    """
+    matched = [pair for side, other in found for pair in _pairs(side, other)]
     if not matched:
         raise UsageError("There is nothing to compare: the files hold no responses.")
     return matched
+
+
+def unmatched(found: Sequence[Partners]) -> Unmatched:
+    """How many responses :func:`match` leaves over.
+
+    Args:
+        found: Responses of both sides to each prompt.
+    """
+    counts = [(len(side.responses), len(other.responses)) for side, other in found]
+    samples = sum(max(0, own - theirs) for own, theirs in counts if theirs != 1)
+    return Unmatched(samples, sum(max(0, theirs - own) for own, theirs in counts))
 
 
 def _partner(side: Side, by_row: Mapping[int, Side], by_prompt: Mapping[str, Side], against: str) -> Side:

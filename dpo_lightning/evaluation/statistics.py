@@ -50,6 +50,27 @@ def clustered_mean(values: ArrayLike, groups: Iterable[Hashable]) -> Estimate:
     return Estimate(float(value.mean()), sqrt(count / (count - 1) * float(sums @ sums)) / len(value))
 
 
+def between_groups_sd(groups: Iterable[ArrayLike]) -> float | None:
+    r"""Standard deviation of the groups' true means, without the noise of the measurements that tell them.
+
+    .. math:: \sqrt{\max\Big(0,\; s^2(\bar v_g) - \frac{1}{G} \sum_g s_g^2 / n_g\Big)}
+
+    with unbiased variances: that of the measured means, less the mean variance that measuring gives them, as in a
+    one-way analysis of variance. Its square is unbiased but for the 0, whatever the groups' sizes and spreads.
+
+    Args:
+        groups: Measurements of each group, shape ``(n_g,)``.
+
+    Returns:
+        None of a single group, and where a group has a single measurement, whose noise nobody knows.
+    """
+    values = [np.asarray(group, dtype=float) for group in groups]
+    if len(values) < 2 or min(map(len, values)) < 2:
+        return None
+    noise = np.mean([value.var(ddof=1) / len(value) for value in values])
+    return sqrt(max(0.0, float(np.var([value.mean() for value in values], ddof=1) - noise)))
+
+
 def rate_interval(values: ArrayLike, groups: Iterable[Hashable]) -> Interval:
     r"""95 % interval of a rate whose measurements are 1, 0, or between for ties; it stays within [0, 1].
 

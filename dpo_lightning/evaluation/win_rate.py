@@ -12,7 +12,7 @@ import numpy as np
 from dpo_lightning.data.sources import Source
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.best_of_n import best_of_each
-from dpo_lightning.evaluation.sides import Matched, match, read_side
+from dpo_lightning.evaluation.sides import Matched, Partners, match, partners, read_side, unmatched
 from dpo_lightning.evaluation.statistics import rate_interval
 from dpo_lightning.evaluation.verdicts import prompt_name
 from dpo_lightning.journal import SETTINGS, write_whole
@@ -40,6 +40,7 @@ def win_rate(
     """How often samples are better than given responses, by a judge, at each temperature.
 
     A tie counts one half. The judge's answers and the verdicts lie beside the result, and so do a chooser's scores.
+    Where one side has more samples of a prompt than the other, those without a partner are left out, and counted.
 
     Args:
         samples: File of samples, of one temperature or several; or of data, with responses in a column.
@@ -68,7 +69,8 @@ def win_rate(
         raise UsageError(f"The result is a JSON file; let its name end in .json, as in {target.with_suffix('.json')}.")
     sides = read_side(samples, samples_column, prompt_column)
     others = read_side(against, column, prompt_column, against_temperature)
-    matched = match(sides, others, str(against))
+    both = partners(sides, others, str(against))
+    matched = match(both)
     target.parent.mkdir(parents=True, exist_ok=True)
     if best_of is not None and chooser is not None:
         matched = best_of_each(matched, sorted(set(best_of)), chooser, target.with_suffix(".scores.jsonl"))
@@ -80,10 +82,11 @@ def win_rate(
     verdicts = judge.compare(comparisons, answers)
     beside = target.with_suffix(".verdicts.jsonl")
     write_whole(beside, "".join(_line(one, verdict) + "\n" for one, verdict in zip(matched, verdicts, strict=True)))
-    rows = _rows(matched, verdicts)
+    rows = _rows(both, matched, verdicts)
     settings = {
-        "samples": samples, "against": str(against), "column": column, "judge": to_plain(judge),
-        "chooser": to_plain(chooser),
+        "samples": samples, "against": str(against), "column": column, "samples_column": samples_column,
+        "prompt_column": prompt_column, "against_temperature": against_temperature,
+        "judge": to_plain(judge), "chooser": to_plain(chooser),
     }  # fmt: skip
     write_whole(target, json.dumps({"kind": "win_rate", "rows": rows, "settings": settings}, indent=2) + "\n")
     print("\n".join(in_words(row) for row in rows))
@@ -133,7 +136,15 @@ def in_words(row: dict[str, Any]) -> str:
     alike, length = row["of_like_length"], row["length"]
     lengths = f"characters {_shown(length['characters'], '.0f')} against {_shown(length['characters_against'], '.0f')}"
     controlled = f"of like length {_shown(alike['win_rate'])}{_within(alike)} of {alike['compared']}"
-    return f"{name:16}   win rate {_shown(row['win_rate'])}{_within(row)}   {counts}   {lengths}   {controlled}"
+    rate = f"win rate {_shown(row['win_rate'])}{_within(row)}"
+    return "   ".join([f"{name:16}", rate, counts, lengths, controlled, *_left(row["without_partner"])])
+
+
+def _left(without_partner: dict[str, int]) -> list[str]:
+    """What was compared with nothing, where there is such."""
+    named = {"samples": "of the samples", "against": "of the other side"}
+    left = [f"{count} {named[side]}" for side, count in without_partner.items() if count]
+    return [f"without a partner {' and '.join(left)}"] if left else []
 
 
 def _check(best_of: list[int] | None, chooser: Scorer | None) -> None:
@@ -150,13 +161,20 @@ def _check(best_of: list[int] | None, chooser: Scorer | None) -> None:
         )
 
 
-def _rows(matched: Sequence[Matched], verdicts: Sequence[float | None]) -> list[dict[str, Any]]:
+def _rows(
+    both: Sequence[Partners], matched: Sequence[Matched], verdicts: Sequence[float | None]
+) -> list[dict[str, Any]]:
     """A row for each temperature, and each N of which the best was chosen."""
     together: dict[tuple[float | None, int | None], list[tuple[Matched, float | None]]] = {}
     for one, verdict in zip(matched, verdicts, strict=True):
         together.setdefault((one.temperature, one.best_of), []).append((one, verdict))
     return [
-        {"temperature": temperature, "best_of": number, **summary(*zip(*own, strict=True))}
+        {
+            "temperature": temperature,
+            "best_of": number,
+            **summary(*zip(*own, strict=True)),
+            "without_partner": unmatched([pair for pair in both if pair[0].temperature == temperature])._asdict(),
+        }
         for (temperature, number), own in together.items()
     ]
 

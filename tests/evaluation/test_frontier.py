@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -42,12 +42,22 @@ def test_equal_kl_by_hand():
 
 def test_a_method_without_a_point_at_the_reference_begins_at_that_of_another():
     rows = {row[0]: row for row in equal_kl([DPO[1], *BEST])[1:]}
-    assert rows["DPO"][-6:-4] == ["0.500 ± 0.025", "1.000 ± 0.050"]  # halfway between the reference and KL 1
+    # halfway between KL 1 and the reference, whose error is not known
+    assert rows["DPO"][-6:-4] == ["0.500", "1.000 ± 0.050"]
     assert rows["Best of N"][-1] == "0 to 0.6"
-    nearly = Point(method="SFT", kl=-3e-7, reward=0.0)
-    assert equal_kl([DPO[1], nearly])[1][-6:-4] == ["0.500 ± 0.025", "1.000 ± 0.050"]
-    few, many = (Point(method="SFT", kl=0, reward=reward, samples=n) for reward, n in [(0.8, 2), (0.2, 50)])
-    assert equal_kl([DPO[1], many, few])[1][-6] == "0.600 ± 0.025"
+    nearly = Point(method="SFT", kl=-3e-7, reward=0.0, reward_se=0.01)
+    assert equal_kl([DPO[1], nearly])[1][-6:-4] == ["0.500 ± 0.030", "1.000 ± 0.050"]
+    few, many = (
+        Point(method="SFT", kl=0, reward=reward, reward_se=0.01, samples=n) for reward, n in [(0.8, 2), (0.2, 50)]
+    )
+    assert equal_kl([DPO[1], many, few])[1][-6] == "0.600 ± 0.030"
+
+
+def test_a_lead_has_an_error_where_both_methods_have():
+    best = [replace(point, reward_se=0.1) for point in BEST]
+    (_, dpo, row) = equal_kl([*best, *DPO])
+    # DPO's error is 0.05 everywhere, the other's 0.1
+    assert (dpo[-4], row[-4:]) == ("-", ["+0.000 ± 0.150", "+0.000", "+0.000", "0 to 0.6"])
 
 
 def test_equal_kl_without_the_baseline_has_rewards_all_the_same():
@@ -114,6 +124,31 @@ def test_a_method_has_a_colour_and_a_bound_is_dashed_and_called_one():
     assert [line.get_linestyle() for line in lines.values()] == ["--", "-", "-"]
     assert list(lines["Preferred-FT"].get_xdata()) == [0, 2.0]  # by step
     assert colours(DPO) == {"DPO": COLOURS[0]}
+
+
+def test_no_two_methods_look_alike_however_many_there_are():
+    trained = [Point(method=f"loss {number}", kl=1, reward=number / 15) for number in range(15)]
+    bounds = [
+        replace(point, method=f"Best of N by {name}", reward=point.reward * share)
+        for name, share in [("A one", 1), ("A two", 0.8), ("B", 0.6)]
+        for point in BEST
+    ]
+    axes = draw([*trained, *bounds]).axes[0]
+    lines = [container.lines[0] for container in axes.containers]
+    found = [line.get_color() for line in lines]
+    assert len(set(found)) == 18
+    assert (found[0], found[3:9]) == ("#000000", list(COLOURS))
+    assert len({line.get_marker() for line in lines[:3]}) == len({line.get_linestyle() for line in lines[:3]}) == 3
+    assert "-" not in {line.get_linestyle() for line in lines[:3]}
+    assert [list(line.get_xdata()) for line in lines[:3]] == [[0, 0.6]] * 3
+    beside = {(text.get_text(), text.get_color()) for text in axes.texts}
+    assert {("N = 4", colour) for colour in found[:3]} <= beside
+
+
+def test_long_names_leave_the_picture_room():
+    name = "Best of N by RewardModel " + "runs/somewhere/" * 8
+    (text,) = draw([replace(BEST[0], method=name)]).axes[0].get_legend().get_texts()
+    assert max(map(len, text.get_text().splitlines())) <= 44
 
 
 def test_bounds_have_their_names_beside_them_where_there_is_room():

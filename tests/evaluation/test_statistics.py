@@ -9,6 +9,7 @@ from dpo_lightning.evaluation.statistics import (
     agreement,
     best_of_n,
     best_of_n_kl,
+    between_groups_sd,
     clustered_mean,
     cohen_kappa,
     rate_interval,
@@ -175,3 +176,24 @@ def _peak(call):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
+
+
+def test_spread_of_groups_by_hand():
+    # means 1 and 4, variance 4.5; each group has a variance of 2 and two measurements
+    assert between_groups_sd([[0, 2], [3, 5]]) == pytest.approx(3.5**0.5)
+    # means 1, 4 and 7, variance 9; noise 2 / 2, 1 / 3 and 0
+    assert between_groups_sd([[0, 2], [3, 4, 5], [7, 7]]) == pytest.approx((9 - 4 / 9) ** 0.5)
+    assert between_groups_sd([[0, 2], [2, 0]]) == 0
+    assert between_groups_sd([[0, 2]]) is None
+    assert between_groups_sd([[0, 2], [1]]) is None
+
+
+@pytest.mark.parametrize("sizes", [[2], [2, 3, 9]])
+@pytest.mark.parametrize("truth", [0.0, 0.5])
+def test_spread_of_groups_is_without_the_noise_of_measurements(truth, sizes):
+    """Unit noise, which at two measurements a group would make the means differ by 0.7 where the groups are alike."""
+    rng = np.random.default_rng(0)
+    offsets = truth * rng.standard_normal(4000)
+    groups = [offset + rng.standard_normal(sizes[place % len(sizes)]) for place, offset in enumerate(offsets)]
+    found = between_groups_sd(groups)
+    assert found**2 == pytest.approx(truth**2, abs=0.06)  # three standard errors and more

@@ -6,7 +6,7 @@ import pytest
 from dpo_lightning.errors import UsageError
 from dpo_lightning.evaluation.sides import Matched
 from dpo_lightning.evaluation.statistics import rate_interval
-from dpo_lightning.evaluation.win_rate import summary, win_rate
+from dpo_lightning.evaluation.win_rate import in_words, summary, win_rate
 from dpo_lightning.judges import Judge
 from dpo_lightning.scorers import Function
 from dpo_lightning.tools import run_tool
@@ -75,7 +75,12 @@ def test_a_row_a_temperature_by_hand(tmp_path):
         "b",
     )
     assert (tmp_path / "out/rate.answers.jsonl").read_text() == "8 asked\n"
-    assert result["settings"]["judge"]["init_args"] == {"letter": "a"}
+    assert cold["without_partner"] == {"samples": 0, "against": 0}
+    assert result["settings"].pop("judge")["init_args"] == {"letter": "a"}
+    assert result["settings"] == {
+        "samples": samples, "against": against, "column": "chosen", "samples_column": "chosen",
+        "prompt_column": "prompt", "against_temperature": None, "chooser": None,
+    }  # fmt: skip
 
 
 def test_the_best_of_n_by_hand(tmp_path):
@@ -121,6 +126,31 @@ def test_samples_against_samples_the_nth_with_the_nth(tmp_path):
     assert result["rows"][1]["win_rate"] == 0.5
     assert result["rows"][1]["ties"] == 4
     assert result["rows"][1]["length"]["tokens_against"] == 2.25
+
+
+def test_samples_without_a_partner_are_counted_and_said(tmp_path, capsys):
+    many = [
+        sampled(1, "one", ["aa", "b", "a", "a"]),
+        sampled(2, "two", ["a", "a", "a"]),
+        sampled(1, "one", [""], 0),
+    ]
+    few = lines(tmp_path / "few.jsonl", [sampled(1, "one", ["a", "b"]), sampled(2, "two", ["b"])])
+    result, verdicts = run(tmp_path, lines(tmp_path / "many.jsonl", many), few, against_temperature=1.0)
+    # the third and the fourth of one have none; the three of two share the only one; the first alone is met at 0
+    assert [row["without_partner"] for row in result["rows"]] == [
+        {"samples": 2, "against": 0},
+        {"samples": 0, "against": 1},
+    ]
+    assert [row["compared"] for row in result["rows"]] == [5, 1]
+    assert len(verdicts) == 6
+    assert result["settings"]["against_temperature"] == 1
+    warm, cold = capsys.readouterr().out.splitlines()
+    assert warm.endswith("   without a partner 2 of the samples")
+    assert cold.endswith("   without a partner 1 of the other side")
+    both = summary([Matched(1, 1, 1.0, "p", "a", "b", (1, 1))], [1]) | {
+        "temperature": 1, "best_of": None, "without_partner": {"samples": 3, "against": 4}
+    }  # fmt: skip
+    assert in_words(both).endswith("without a partner 3 of the samples and 4 of the other side")
 
 
 def test_two_columns_of_one_file_are_compared_and_messages_are_answers(tmp_path):
@@ -176,6 +206,7 @@ def test_from_the_command_line(tmp_path, capsys):
     run_tool("evaluate", ["win_rate", samples, against, f"{tmp_path}/rate.json", *judge, "--column", "rejected"])
     printed = capsys.readouterr().out
     assert "temperature 0.5    win rate" in printed
+    assert "partner" not in printed
     assert f"Written: {tmp_path}/rate.verdicts.jsonl" in printed
     best = ["--best_of", "[1,2]", "--chooser", "Function", "--chooser.path", "builtins.len"]
     run_tool("evaluate", ["win_rate", samples, against, f"{tmp_path}/best.json", *judge, *best])
