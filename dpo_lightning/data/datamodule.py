@@ -220,7 +220,7 @@ class PreferenceDataModule(LightningDataModule):
         return collate(self.examples["train"].__getitems__(sampler.heaviest()))
 
     def inspect(self, num_examples: int) -> list[TokenizedExample]:
-        """Read all there is for a fit, or else predict, and take some examples, evenly spread; of a stream the first."""
+        """Read all there is for a fit, or else predict, and take examples, evenly spread; of a stream the first."""
         self.setup(next((stage for stage in ("fit", "validate", "predict") if STAGES[stage][0] in self.sources), "fit"))
         if self._streams:
             return first_examples(self.sources["train"], self.tokenization, num_examples)

@@ -33,13 +33,17 @@ class Samples(Asked):
         return False
 
     def read(self, row: Row) -> list[PreferenceExample | UnusableRow]:
-        """One example a response."""
+        """One example a response, or why there is none."""
         responses, where = cell(row, self.responses), f"column {self.responses!r}"
         if not isinstance(responses, list):
             raise wrong_type(where, "a list of responses", responses)
         if not responses:
             raise UnusableRow(NO_RESPONSES, f"{where} has none.")
-        return [self._one(row, response, number, where) for number, response in enumerate(responses, start=1)]
+        items = [self._one(row, response, number, where) for number, response in enumerate(responses, start=1)]
+        problems = [item for item in items if isinstance(item, UnusableRow)]
+        if len(problems) == len(items):
+            raise problems[0]
+        return items
 
     def _one(self, row: Row, response: object, number: int, where: str) -> PreferenceExample | UnusableRow:
         try:

@@ -87,9 +87,9 @@ class Stock:
         for split in splits:
             for source in self.unordered.get(split, ()):
                 raise UsageError(
-                    f"{split}: {source} holds samples, of which no row says what is better, so there is nothing to "
-                    "learn from or to measure. `dpo-lightning label` makes preferences of samples; as they are they "
-                    "can be scored by `dpo-lightning predict`."
+                    f"{split}: {source} holds samples, and nothing says which of them are better. `dpo-lightning "
+                    "label` makes preferences of samples; as they are `dpo-lightning predict` alone takes them, and "
+                    "gives their rewards."
                 )
 
     def joined(self) -> Examples:
