@@ -45,7 +45,11 @@ def test_predict_writes_the_rewards_of_a_policy(workplace, capsys):
 
 def sampled(*responses):
     """Columns of a row of samples."""
-    return {"responses": responses, "tokens": [len(text) for text in responses], "finished": [True] * len(responses)}
+    return {
+        "responses": list(responses),
+        "tokens": [len(text) for text in responses],
+        "finished": [True] * len(responses),
+    }
 
 
 def test_samples_are_scored_as_they_are(workplace, capsys):
