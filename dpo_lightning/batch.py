@@ -49,6 +49,8 @@ class PreferenceBatch(NamedTuple):
         digest: A number that changes with the tokens of an example and with which of them are scored, int64, shape
             ``(B,)``; None where nobody needs it.
         window: What the optimizer step to which the batch belongs is the mean over; None where nobody knows.
+        response: Number of each example's one response in its row, counted from 1, where the responses of a row are in
+            no order, else 0, int64, shape ``(B,)``; None where all are in order.
     """
 
     input_ids: Tensor
@@ -64,6 +66,7 @@ class PreferenceBatch(NamedTuple):
     max_key: int
     digest: Tensor | None = None
     window: Window | None = None
+    response: Tensor | None = None
 
     @property
     def pieces(self) -> tuple[PreferenceBatch]:

@@ -214,6 +214,13 @@ def test_what_there_is_is_shown(inspected, given, split):
     assert rows_shown(text) == [1]
 
 
+def test_samples_to_be_predicted_are_shown(inspected, tmp_path):
+    write(
+        tmp_path / "samples.jsonl", [{"prompt": "q", "responses": ["x", "y"], "tokens": [2, 2], "finished": [True] * 2}]
+    )
+    assert rows_shown(inspected(test="samples.jsonl")) == [1, 1]
+
+
 def test_training_data_are_shown_where_there_are_any(inspected, tmp_path):
     write(tmp_path / "others.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}])
     text = inspected(val="others.jsonl", train="pairs.jsonl", test="others.jsonl")

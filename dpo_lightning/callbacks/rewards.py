@@ -20,21 +20,29 @@ class Scored(NamedTuple):
     """An example.
 
     Attributes:
-        row: Its number in the file.
+        row: Number of its row in the file.
         rewards: Of its responses, in the order of the file's preferences, best first.
         tokens: Of each response.
+        response: Number of its one response in the row, where those of a row are in no order; else 0.
     """
 
     row: int
     rewards: list[float]
     tokens: list[int]
+    response: int = 0
+
+    def line(self) -> str:
+        """It as a line of the file."""
+        place = {"row": self.row, "response": self.response} if self.response else {"row": self.row}
+        return json.dumps({**place, "rewards": self.rewards, "tokens": self.tokens}) + "\n"
 
 
 class WriteRewards(Callback):
     """Write the rewards that predict finds, one line of JSON a row, and print how far they agree with the file's order.
 
     A line holds the number of the row, and rewards and numbers of tokens of its responses, best first as the file's
-    labels, scores or columns say. The agreement is the share of the pairs of a row that rewards order alike, on the
+    labels, scores or columns say. Samples, which are in no order, have a line each, with the number of the response in
+    its row, and agree with nothing. The agreement is the share of the pairs of a row that rewards order alike, on the
     mean over rows, ties counting one half, with Wilson's interval.
 
     Args:
@@ -61,18 +69,17 @@ class WriteRewards(Callback):
     ) -> None:
         """Take note of a batch; what a module gives that is no reward, such as that of SFT, is not written."""
         if isinstance(outputs, ScoredResponses):
-            self._scored += map(_present, *(part.tolist() for part in outputs))
+            self._scored += map(_present, *(part.tolist() for part in outputs), _responses(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on the first rank, all rows in order."""
         folder = trainer.log_dir or trainer.default_root_dir  # asked on all ranks, since it is broadcast
-        scored = sorted(_of_all_ranks(trainer, self._scored), key=lambda one: one.row)
+        scored = sorted(_of_all_ranks(trainer, self._scored), key=lambda one: (one.row, one.response))
         if not trainer.is_global_zero or not scored:
             return
         self.written = Path(self.path or Path(folder) / "rewards.jsonl")
         self.written.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(one._asdict()) + "\n" for one in scored)
-        self.written.write_text("".join(lines), encoding="utf-8")
+        self.written.write_text("".join(one.line() for one in scored), encoding="utf-8")
         print(f"\nRewards of {len(scored):,} examples: {self.written}")
         if (words := agreement(scored)) is not None:
             print(words)
@@ -91,9 +98,16 @@ def agreement(scored: Sequence[Scored]) -> str | None:
     )
 
 
-def _present(row: int, rewards: list[float], length: list[int]) -> Scored:
+def _present(row: int, rewards: list[float], length: list[int], response: int) -> Scored:
     count = sum(tokens > 0 for tokens in length)  # absent responses stand last
-    return Scored(row, rewards[:count], length[:count])
+    return Scored(row, rewards[:count], length[:count], response)
+
+
+def _responses(batch: Batch) -> list[int]:
+    """Number of each example's one response in its row, or 0."""
+    known = [torch.zeros_like(piece.row) if piece.response is None else piece.response for piece in batch.pieces]
+    numbers: list[int] = batch.joined(known).tolist()
+    return numbers
 
 
 def _of_all_ranks(trainer: Trainer, scored: list[Scored]) -> list[Scored]:

@@ -11,6 +11,7 @@ from dpo_lightning.data.cells import WRONG_TYPE, is_messages
 from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Asked, Format, Pairs, SharedPrompts, ShareGPT, Transcripts
 from dpo_lightning.data.rankings import TIED, TIES, Columns, Comparisons, Rankings, said
+from dpo_lightning.data.samples import Samples
 from dpo_lightning.data.sources import Row
 from dpo_lightning.data.supervised import Alpaca, Completions, Messages, Texts
 from dpo_lightning.errors import UsageError
@@ -48,9 +49,10 @@ LABELS: tuple[tuple[int | str, int | str], ...] = (
 # What a prompt may lack when it is left unread, and what the prompts of dialogues may lack.
 OF_PROMPTS = ("instruction", "input", "context", "choices", "options", "history", "system", "system_prompt", "tools")
 OF_DIALOGUES = ("history", "system", "system_prompt", "tools")
+SAMPLED = {"tokens", "finished"}  # what `dpo-lightning sample` says of each of its responses
 WRITTEN_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 SHAPES = (
-    *(Pairs(), ShareGPT(), SharedPrompts(), Transcripts(), Rankings(), Comparisons()),
+    *(Pairs(), ShareGPT(), SharedPrompts(), Transcripts(), Rankings(), Samples(), Comparisons()),
     *(Messages(), Completions(), Alpaca(), Texts()),
 )
 
@@ -133,7 +135,9 @@ def _shapes(rows: Sequence[Row], source: str) -> Iterator[Format]:
         else:
             yield Transcripts(**sides)
             yield SharedPrompts(**sides, tools=given.get("tools"))
-    if prompt and "responses" in given:
+    if prompt and "responses" in given and "scores" not in given and _are_sampled(rows):
+        yield Samples(prompt=prompt, responses=given["responses"], **asked)
+    elif prompt and "responses" in given:
         yield Rankings(prompt=prompt, responses=given["responses"], scores=given.get("scores"), **asked)
     if prompt and all(role in given for role in ("first", "second", "label")):
         places = {role: given[role] for role in ("first", "second", "label")}
@@ -175,6 +179,10 @@ def _given(rows: Sequence[Row]) -> dict[str, str]:
                 columns.pop(name, None)
     names = {role: next((alias for alias in aliases if alias in columns), "") for role, aliases in ALIASES.items()}
     return {role: name for role, name in names.items() if name}
+
+
+def _are_sampled(rows: Sequence[Row]) -> bool:
+    return {column for row in rows for column in row} >= SAMPLED
 
 
 def _is_feedback(row: Row) -> bool:
@@ -220,7 +228,8 @@ def _check_unread(shape: Format, rows: Sequence[Row], source: str) -> None:
             raise UsageError(
                 f"{source}: cannot tell whether {responses!r} is best first: {because}. {ask}, as in {{class_path: "
                 f"Rankings, init_args: {{responses: {responses}}}}} if it is, or with {{scores: your_column}}, higher "
-                "is better."
+                f"is better. Responses in no order are {{class_path: Samples, init_args: {{responses: {responses}}}}}, "
+                "for predict alone."
             )
 
 

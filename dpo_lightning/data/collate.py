@@ -21,7 +21,9 @@ def collate(examples: Sequence[TokenizedExample], num_responses: int | None = No
     texts, rows = [(e.prompt_ids, e.response_ids) for e in examples], [e.row for e in examples]
     digests = [e.digest for e in examples if e.digest is not None]
     digest = torch.tensor(digests) if len(digests) == len(examples) else None
-    return lay_out(texts, rows, [e.scored for e in examples], num_responses)._replace(digest=digest)
+    response = torch.tensor([e.response for e in examples]) if any(e.response for e in examples) else None
+    batch = lay_out(texts, rows, [e.scored for e in examples], num_responses)
+    return batch._replace(digest=digest, response=response)
 
 
 def collate_pieces(

@@ -160,6 +160,8 @@ class PreferenceDataModule(LightningDataModule):
             self._chat_template = self.tokenization.chat.source(self.tokenizer)
         if self.stock.take_up(self._needed(stage)) and self.trainer is not None:
             publish(self.reports, self.trainer)
+        if stage != "predict":
+            self.stock.refuse_unordered(self._needed(stage))
 
     def teardown(self, stage: str) -> None:
         """End the processes of loaders, and say what a stream held, which is known at its end alone."""
@@ -218,8 +220,8 @@ class PreferenceDataModule(LightningDataModule):
         return collate(self.examples["train"].__getitems__(sampler.heaviest()))
 
     def inspect(self, num_examples: int) -> list[TokenizedExample]:
-        """Read all there is for a fit, or else a test, and take some examples, evenly spread; of a stream the first."""
-        self.setup(next((stage for stage in STAGES if STAGES[stage][0] in self.sources), "fit"))
+        """Read all there is for a fit, or else predict, and take examples, evenly spread; of a stream the first."""
+        self.setup(next((stage for stage in ("fit", "validate", "predict") if STAGES[stage][0] in self.sources), "fit"))
         if self._streams:
             return first_examples(self.sources["train"], self.tokenization, num_examples)
         examples = next(iter(self.examples.values()))

@@ -33,12 +33,14 @@ class PreferenceExample(NamedTuple):
         responses: What the model might answer, best first. Of messages those of the assistant are scored.
         row: Number of the row in its source, counted from 1, for messages; in JSON Lines that of its line.
         tools: Tools that the chat template describes to the model.
+        response: Number of its one response in the row, counted from 1, where those of a row are in no order; else 0.
     """
 
     prompt: str | list[Message] | None
     responses: tuple[str | list[Message], ...]
     row: int = 0
     tools: list[Any] | None = None
+    response: int = 0
 
 
 class TokenizedExample(NamedTuple):
@@ -50,6 +52,7 @@ class TokenizedExample(NamedTuple):
         row: Number of the row in its source.
         scored: Which response tokens are the assistant's; None where all are.
         digest: A 64-bit number that changes with the tokens and with which of them are scored.
+        response: Number of its one response in the row where those of a row are in no order; else 0.
     """
 
     prompt_ids: list[int]
@@ -57,6 +60,7 @@ class TokenizedExample(NamedTuple):
     row: int
     scored: list[list[bool]] | None = None
     digest: int | None = None
+    response: int = 0
 
     @property
     def num_tokens(self) -> int:

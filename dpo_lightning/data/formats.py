@@ -28,6 +28,10 @@ class Format(ABC):
             UnusableRow: If the row holds none.
         """
 
+    def ordered(self) -> bool:
+        """Whether the responses of an example are best first, or one to be learnt: what can only be scored is not."""
+        return True
+
     def __str__(self) -> str:
         """Its name and the columns that it reads."""
         return f"{type(self).__name__} ({', '.join(self.columns())})"

@@ -136,6 +136,10 @@ class Columns(Format):
         """Those of the table."""
         return self.rows.columns()
 
+    def ordered(self) -> bool:
+        """As the table."""
+        return self.rows.ordered()
+
     def read(self, row: Row) -> list[PreferenceExample | UnusableRow]:
         """The examples of all rows of the table."""
         table = {column: cell(row, column) for column in self.columns()}

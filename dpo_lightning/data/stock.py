@@ -34,6 +34,7 @@ class Stock:
         examples: What was read, by split; of a stream nothing.
         sizes: Examples of each source of a split, and how many of them an epoch takes; none of a stream.
         reports: What became of the rows of each source, streams first.
+        unordered: Sources of each split whose responses are in no order.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Stock:
         self.examples: dict[str, Examples] = {}
         self.sizes: dict[str, list[tuple[int, int]]] = {}
         self.reports: list[DataReport] = []
+        self.unordered: dict[str, list[str]] = {}
         self._prepared: dict[tuple[str, int], TokenTable] = {}
 
     def prepare(self, split: str) -> None:
@@ -76,6 +78,20 @@ class Stock:
             self._look_for_leaks()
         return bool(needed)
 
+    def refuse_unordered(self, splits: Sequence[str]) -> None:
+        """Take no source whose responses are in no order.
+
+        Raises:
+            UsageError: If some split has one.
+        """
+        for split in splits:
+            for source in self.unordered.get(split, ()):
+                raise UsageError(
+                    f"{split}: {source} holds samples, and nothing says which of them are better. `dpo-lightning "
+                    "label` makes preferences of samples; as they are `dpo-lightning predict` alone takes them, and "
+                    "gives their rewards."
+                )
+
     def joined(self) -> Examples:
         """All examples that were read."""
         return Examples.joined(list(self.examples.values()))
@@ -95,10 +111,15 @@ class Stock:
             if not report.kept:
                 raise UsageError(f"Of {part.source} no row is left to use.\n{report}")
             kept.append(table.kept())
+            self._note_order(split, str(part.source), table.ordered)
         self.examples[split] = Examples.joined(kept)
         sizes = list(map(len, kept))
         taken = shares(sizes, [part.weight for part in self.sources[split]]) if split == "train" else sizes
         self.sizes[split] = list(zip(sizes, taken, strict=True))
+
+    def _note_order(self, split: str, source: str, ordered: bool) -> None:
+        if not ordered:
+            self.unordered.setdefault(split, []).append(source)
 
     def _hold_out(self) -> None:
         """Move some prompts with all their examples from train to val."""
@@ -128,6 +149,7 @@ class Stock:
             name = str(part.source)
             reading = begin(part.opened().stream(), part.format, name)
             self.sources["train"][place] = replace(part, format=reading.format)
+            self._note_order("train", name, reading.format.ordered())
             reports.append(DataReport("train", name, str(reading.format), reading.unread, self.batch_size))
             reports[-1].origin = "of a stream, which is tokenised as it is read"
             rank_zero_info(f"train: {name}, a stream, read as {reading.format}")

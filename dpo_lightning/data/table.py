@@ -38,7 +38,7 @@ TOKENS = Features(
         **{"row": Value("int64"), "reason": Value("string"), "detail": Value("string")},
         **{"prompt_ids": IDS, "response_ids": List(IDS), "scored": List(List(Value("bool")))},
         **{name: Value("int32") for name in Notes._fields},
-        **{"digest": Value("int64"), "prompt_digest": Value("int64")},
+        **{"digest": Value("int64"), "prompt_digest": Value("int64"), "response": Value("int32")},
     }
 )
 
@@ -52,6 +52,7 @@ class TokenTable:
         format: How the rows were read, in words.
         unread: Columns that were not read.
         rows: Number of rows of the source.
+        ordered: Whether they can be learnt from; otherwise their responses can be scored alone.
         cached: Whether the tokens were there already.
         seconds: What making or finding them took.
         folder: Where the tokens lie, if they are to be gone with what uses them.
@@ -61,6 +62,7 @@ class TokenTable:
     format: str
     unread: list[str]
     rows: int
+    ordered: bool
     cached: bool
     seconds: float
     folder: tempfile.TemporaryDirectory | None = None
@@ -244,7 +246,10 @@ def _write(
         desc=f"Tokenising {source}",
     )
     (folder / "examples.arrow").unlink()
-    about = {"format": str(reading.format), "unread": reading.unread, "rows": len(numbers)}
+    about = {
+        **{"format": str(reading.format), "ordered": reading.format.ordered()},
+        **{"unread": reading.unread, "rows": len(numbers)},
+    }
     (folder / "about.json").write_text(json.dumps(about))
 
 
@@ -259,12 +264,12 @@ def _records(reading: Reading, numbers: set[int]) -> Iterator[dict[str, Any]]:
 
 
 def _encoded(example: PreferenceExample) -> str:
-    return json.dumps([example.prompt, example.responses, example.tools], default=str)
+    return json.dumps([example.prompt, example.responses, example.tools, example.response], default=str)
 
 
 def _decoded(text: str, row: int) -> PreferenceExample:
-    prompt, responses, tools = json.loads(text)
-    return PreferenceExample(prompt, tuple(responses), row, tools)
+    prompt, responses, tools, response = json.loads(text)
+    return PreferenceExample(prompt, tuple(responses), row, tools, response)
 
 
 def _is_whole(folder: Path) -> bool:

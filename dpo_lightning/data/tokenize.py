@@ -103,7 +103,7 @@ class Tokenization:
                     raise item
                 tokens, notes = self._tokenize(item, ids[item.templated])
                 special = any(map(self._special_texts.search, _contents(example)))
-                yield tokens._replace(row=example.row), notes._replace(special=int(special))
+                yield tokens._replace(row=example.row, response=example.response), notes._replace(special=int(special))
             except UnusableRow as reason:
                 yield reason
 

@@ -11,9 +11,11 @@ from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Format, Pairs, SharedPrompts, ShareGPT, Transcripts
 from dpo_lightning.data.rankings import Columns, Comparisons, Rankings
 from dpo_lightning.data.reading import begin
+from dpo_lightning.data.samples import Samples
 from dpo_lightning.data.supervised import Alpaca, Completions, Messages, Texts
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Again\n\nAssistant:"
+SAMPLED = {"row": 1, "temperature": 1.0}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 
 
@@ -201,6 +203,36 @@ SHAPES = {
         [{"prompt": "2+2=", "responses": ["5", "4", "a"], "scores": [0.5, 3, -1.0]}],
         Rankings(scores="scores"),
         [pair("2+2=", "4", "5", "a")],
+    ),
+    "samples": Shape(
+        [
+            {**SAMPLED, "prompt": "2+2=", "responses": ["4", "4", "5"], "tokens": [2, 2, 2], "finished": [True] * 3},
+            {**SAMPLED, "prompt": "1+1=", "responses": ["2"], "tokens": [2], "finished": [False]},
+        ],
+        Samples(),
+        [
+            *(pair("2+2=", text)._replace(response=number) for number, text in enumerate("445", start=1)),
+            pair("1+1=", "2")._replace(response=1),
+        ],
+    ),
+    "samples of messages": Shape(
+        [{**SAMPLED, "prompt": [user("2+2?")], "responses": ["4", "5"], "tokens": [2, 2], "finished": [True] * 2}],
+        Samples(),
+        [answers("2+2?", text)._replace(response=number) for number, text in enumerate("45", start=1)],
+    ),
+    "samples with scores are a ranking": Shape(
+        [
+            {
+                **SAMPLED,
+                "prompt": "q",
+                "responses": ["4", "5"],
+                "tokens": [2, 2],
+                "finished": [True, True],
+                "scores": [0, 1],
+            }
+        ],
+        Rankings(scores="scores"),
+        [pair("q", "5", "4")],
     ),
     "a ranking of messages": Shape(
         [{"prompt": [user("2+2?")], "responses": [[assistant("4")], assistant("5"), "6"]}],

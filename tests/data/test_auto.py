@@ -119,6 +119,7 @@ def test_a_refusal_lists_columns_shapes_and_the_nearest():
         "  SharedPrompts (chosen, rejected)\n"
         "  Transcripts (chosen, rejected)\n"
         "  Rankings (prompt, responses)\n"
+        "  Samples (prompt, responses)\n"
         "  Comparisons (prompt, output_1, output_2, label)\n"
         "  Messages (messages)\n"
         "  Completions (prompt, completion)\n"
@@ -317,7 +318,8 @@ def test_a_list_is_best_first_only_where_nothing_speaks_against_it(row, because)
     assert refusal(row) == (
         f"rows.jsonl: cannot tell whether {responses!r} is best first: {because}. Name shape and columns by "
         f"`data.init_args.format`, as in {{class_path: Rankings, init_args: {{responses: {responses}}}}} if it is, or "
-        "with {scores: your_column}, higher is better."
+        "with {scores: your_column}, higher is better. Responses in no order are {class_path: Samples, init_args: "
+        f"{{responses: {responses}}}}}, for predict alone."
     )
 
 

@@ -85,6 +85,12 @@ def test_a_batch_with_masks_by_hand():
     assert batch.length.tolist() == [[2, 1], [2, 0]]
 
 
+def test_a_batch_knows_the_numbers_of_responses_in_no_order():
+    first, second = TokenizedExample([1], [[2]], 7, response=3), TokenizedExample([1], [[2]], 8)
+    assert collate([first, second]).response.tolist() == [3, 0]
+    assert collate([second]).response is None
+
+
 def test_the_longest_sequence_may_be_another_than_the_longest_query():
     batch = collate([TokenizedExample([1, 2, 3], [[4], [5, 6, 7]], 1)])
     assert (batch.max_query, batch.max_key) == (4, 6)

@@ -27,7 +27,9 @@ from dpo_lightning.data.chat import Chat
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.files import Files
 from dpo_lightning.data.formats import Pairs
+from dpo_lightning.data.mixture import Mixture, Part
 from dpo_lightning.data.rankings import Columns, Rankings
+from dpo_lightning.data.samples import Samples
 from dpo_lightning.data.sources import Rows
 from dpo_lightning.data.supervised import Texts
 from dpo_lightning.errors import UsageError
@@ -290,6 +292,72 @@ def test_without_shared_prompts_nothing_is_said(data, messages):
 def test_a_text_that_training_has_is_said(data, messages):
     data([{"text": "Once."}, {"text": "Twice."}], [{"text": "Once."}, {"text": "Thrice."}]).setup("fit")
     assert "val: 1 of 2 examples have a prompt that stands in train too" in messages[-1]
+
+
+# Samples, which are scored and not learnt from.
+
+
+SAMPLES = [
+    {"prompt": "p", "responses": [" a", " a", "", " b"], "tokens": [2, 2, 1, 2], "finished": [True] * 4},
+    {"prompt": "q", "responses": [" a"], "tokens": [2], "finished": [True]},
+]
+
+
+def test_every_sample_is_predicted_by_itself(data, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SAMPLES))
+    for _ in ("made", "found in the cache"):
+        module = data(test=str(path))
+        module.setup("predict")
+        (batch,) = module.predict_dataloader()
+        assert batch.length.shape == (4, 1)
+        assert list(zip(batch.row.tolist(), batch.response.tolist(), strict=True)) == [(1, 1), (1, 2), (1, 4), (2, 1)]
+        (report,) = module.reports
+        assert {reason: (drop.count, drop.rows) for reason, drop in report.dropped.items()} == {
+            "empty response": (1, [1])
+        }
+    assert report.origin == "tokens found in the cache"
+
+
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("fit", {"train": SAMPLES}),
+        ("fit", {"train": SAMPLES, "val_fraction": 0.5}),
+        ("fit", {"train": SAMPLES, "stream_buffer": 4}),
+        ("fit", {"train": pairs(2), "val": SAMPLES}),
+        ("fit", {"train": Mixture(parts=[Part(source=Rows(pairs(2))), Part(source=Rows(SAMPLES))])}),
+        ("fit", {"train": [{"prompt": ["p"], "responses": [["a", "b"]]}], "format": Columns(rows=Samples())}),
+        ("validate", {"val": SAMPLES}),
+        ("test", {"test": SAMPLES}),
+    ],
+)
+def test_nothing_is_learnt_from_samples_or_measured_on_them(data, stage, given):
+    module = data(**given)
+    split = "val" if "val" in given else {"fit": "train"}.get(stage, stage)
+    for _ in ("read", "known"):
+        with pytest.raises(UsageError) as caught:
+            module.setup(stage)
+        assert str(caught.value).startswith(f"{split}: ")
+        assert "`dpo-lightning label` makes preferences of samples" in str(caught.value)
+
+
+def test_samples_that_were_predicted_are_not_learnt_from(data, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SAMPLES))
+    module = data(str(path), test=str(path))
+    module.setup("predict")
+    for stage in ("test", "fit"):
+        with pytest.raises(UsageError, match=r"samples\.jsonl holds samples"):
+            module.setup(stage)
+    module.setup("predict")
+
+
+def test_samples_for_predict_do_not_hinder_a_fit(data):
+    module = data(pairs(4), test=SAMPLES)
+    module.setup("fit")
+    module.setup("predict")
+    assert set(module.examples) == {"train", "test"}
 
 
 # Nothing dropped in silence.

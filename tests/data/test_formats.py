@@ -15,6 +15,7 @@ from dpo_lightning.data.example import PreferenceExample, UnusableRow
 from dpo_lightning.data.formats import Format, Pairs, SharedPrompts, ShareGPT, Transcripts
 from dpo_lightning.data.rankings import Columns, Comparisons, Rankings
 from dpo_lightning.data.reading import begin
+from dpo_lightning.data.samples import Samples
 from dpo_lightning.data.supervised import Alpaca, Completions, Messages, Texts
 from dpo_lightning.errors import UsageError
 
@@ -65,6 +66,11 @@ RENAMED = [
         Rankings(prompt="frage", responses="antworten", scores="noten"),
         {"frage": "2+2=", "antworten": ["5", "4"], "noten": [1, 2]},
         pair("2+2=", "4", "5"),
+    ),
+    (
+        Samples(prompt="frage", responses="antworten"),
+        {"frage": "2+2=", "antworten": ["4"]},
+        pair("2+2=", "4")._replace(response=1),
     ),
     (
         Comparisons(prompt="frage", first="links", second="rechts", label="wahl", labels=("l", "r")),
@@ -401,6 +407,18 @@ def test_a_label_chooses(labels, first, second):
     rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in [*first, *second]]
     expected = [pair("q", "a", "b")] * len(first) + [pair("q", "b", "a")] * len(second)
     assert read(rows, Comparisons(labels=labels)) == expected
+
+
+def test_samples_are_dropped_one_by_one():
+    rows = [{"prompt": [user("q")], "responses": ["", "a", 3, "a"]}, {"prompt": "q", "responses": []}]
+    empty, second, wrong, fourth, none = read(rows, Samples())
+    assert (second, fourth) == (answers("q", "a")._replace(response=2), answers("q", "a")._replace(response=4))
+    assert (empty.reason, empty.detail) == (
+        "empty response",
+        "column 'responses', response 1 holds an answer without a word.",
+    )
+    assert wrong.detail.startswith("column 'responses', response 3 must be text or messages, got int: 3.")
+    assert none.reason == "no responses"
 
 
 def test_rows_of_a_table_are_dropped_one_by_one():
