@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -70,8 +68,8 @@ def run_tool(name: str, args: list[str]) -> None:
         tool, prog = tool[below], f"{prog} {below}"
     function = _named(tool.function)
     parser = _Parser(prog=prog, description=_first_line(function), bases=[_named(base) for base in tool.bases])
-    parser.add_function(function)
-    arguments = parser.instantiate(parser.parse_args(parser.placed_by_name(args)))
+    parser.add_function(function, args)
+    arguments = parser.instantiate(parser.parse_args(args))
     written = function(**{key: value for key, value in vars(arguments).items() if key != "config"})
     for path in written if isinstance(written, (list, tuple)) else [written] if written else []:
         print(f"Written: {path}")
@@ -95,42 +93,30 @@ class _Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
         self._bases = bases or []
         self._known: list[str] = []
-        self._placed: list[str] = []
-        self._several: list[str] = []
 
-    def add_function(self, function: Callable[..., Any]) -> None:
-        """Arguments for all of its parameters, and a file of options."""
+    def add_function(self, function: Callable[..., Any], args: Sequence[str]) -> None:
+        """Arguments for all of its parameters, and a file of options.
+
+        Args:
+            function: The function.
+            args: What was given. What has a place may be given by its name instead, as over a file that says it.
+        """
         parameters = inspect.signature(function).parameters
         flags = [name for name, parameter in parameters.items() if parameter.default is False]
-        placed = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+        first = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+        several = [name for name in first[:1] if str(parameters[name].annotation).startswith("list")]
+        named = {one.removeprefix("--").partition("=")[0] for one in args if one.startswith("--")}
+        placed = [name for name in first if name not in named]
         options = [name for name in parameters if name not in placed]
         described = {part.arg_name: part.description for part in docstring_parser.parse(function.__doc__ or "").params}
-        self._known, self._placed = list(parameters), placed
-        self._several = [name for name in placed[:1] if str(parameters[name].annotation).startswith("list")]
+        self._known = list(parameters)
         self.add_argument("--config", action="config", help="A YAML file of the options below.")
-        for name in self._several:
-            self.add_argument(name, type=str, nargs="+", help=described.get(name))
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*options, *self._several})
-        self.add_function_arguments(function, as_group=False, skip={*placed, *flags})
+        for name in several:
+            self.add_argument(name if name in placed else f"--{name}", type=str, nargs="+", help=described.get(name))
+        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*options, *several})
+        self.add_function_arguments(function, as_group=False, skip={*placed, *several, *flags})
         for name in flags:
             self.add_argument(f"--{name}", action="store_true", help=described.get(name))
-
-    def placed_by_name(self, args: Sequence[str]) -> list[str]:
-        """Arguments in which what has a place may have its name instead, to say it over a config that does."""
-        others, named, left = list[str](), dict[str, Any](), deque(args)
-        while left:
-            one = left.popleft()
-            name, _, value = one.removeprefix("--").partition("=")
-            if not one.startswith("--") or name not in self._placed:
-                others.append(one)
-                continue
-            values = [value] if value else []
-            while left and not left[0].startswith("--") and (not values or name in self._several):
-                values.append(left.popleft())
-            if not values:
-                self.error(f"--{name} needs a value")
-            named[name] = values if name in self._several else values[0]
-        return [*others, "--config", json.dumps(named)] if named else others
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with a mistake in words for people."""

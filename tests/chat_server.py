@@ -19,7 +19,8 @@ class Reply(NamedTuple):
     after: float = 0.0
     body: str | None = None
     counts: bool = True
-    drops: list[bytes] | None = None  # which come one by one before the end
+    drops: list[bytes] | None = None  # which come one by one
+    promised: int | None = None  # bytes that are said to come, where it breaks off before
 
 
 class ChatServer:
@@ -62,23 +63,26 @@ class ChatServer:
                     reply = Reply(reply) if isinstance(reply, str) else reply
                     time.sleep(reply.after)
                     if reply.drops is not None:
-                        self._drip(reply.drops)
+                        self._drip(reply)
                     else:
                         self._send(reply.status, completion(reply) if reply.body is None else reply.body, reply.headers)
                 finally:
                     with outer.lock:
                         outer.now -= 1
 
-            def _drip(self, drops):
+            def _drip(self, reply):
                 try:
-                    self.send_response(200)
-                    self.send_header("content-type", "application/json")
-                    self.send_header("content-length", str(sum(map(len, drops))))
+                    self.send_response(reply.status)
+                    for name, value in {"content-type": "application/json", **reply.headers}.items():
+                        self.send_header(name, value)
+                    self.send_header("content-length", str(reply.promised or sum(map(len, reply.drops))))
                     self.end_headers()
-                    for drop in drops:
+                    for drop in reply.drops:
                         self.wfile.write(drop)
                         self.wfile.flush()
                         time.sleep(0.1)
+                    time.sleep(reply.after)
+                    self.close_connection = reply.promised is not None
                 except OSError:  # the other side waited no longer
                     self.close_connection = True
 

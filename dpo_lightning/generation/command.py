@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +18,8 @@ from dpo_lightning.errors import UsageError
 from dpo_lightning.generation.loading import DType, load, load_tokenizer, which_model
 from dpo_lightning.generation.making import Write, continue_by_model, make, ranks
 from dpo_lightning.generation.plan import Sampling, plan
-from dpo_lightning.generation.prompts import PromptEncoding, read_prompts, read_template, unescaped
+from dpo_lightning.generation.prompts import Asked, PromptEncoding, read_prompts, read_template, unescaped
 from dpo_lightning.generation.server import continue_by_server
-from dpo_lightning.journal import digest_of
 from dpo_lightning.paths import resolve
 from dpo_lightning.server import Connection
 
@@ -89,7 +91,7 @@ def sample_prompts(
             the model the tokenizer alone is loaded.
         server_model: What the server calls the model.
         server_key_variable: Environment variable with the key of the server.
-        server_timeout: Seconds that a whole answer may take.
+        server_timeout: Seconds to wait for an answer; one that trickles in is given up within twice that.
         server_retries: How often a request that failed is sent again.
         server_concurrency: Requests at a time.
         overwrite: Begin anew, whatever lies there.
@@ -123,7 +125,7 @@ def sample_prompts(
     lengths = [len(one.ids) for one in asked]
     settings = {name: value for name, value in asdict(sampling).items() if name != "ends"}
     settings |= {"column": column, "max_prompts": max_prompts, "max_prompt_length": max_prompt_length}
-    settings |= {"template": template, "prompts": digest_of(asked, sampling.ends)}
+    settings |= {"template": template, "prompts": _digest(asked, sampling)}
     if server is not None:
         connection = Connection(
             url=server, model=server_model or "", key_variable=server_key_variable, timeout=server_timeout,
@@ -170,3 +172,11 @@ def _check_server(
         raise UsageError(f"--server_key_variable: there is no environment variable {key_variable}; set it to the key.")
     if devices != "auto" or num_nodes != 1:
         raise UsageError("--devices and --num_nodes are of a model that runs here; with --server leave them out.")
+
+
+def _digest(asked: Sequence[Asked], sampling: Sampling) -> str:
+    """Changes whenever what the model is given does, or what ends its answers."""
+    digest = hashlib.blake2b(json.dumps(sampling.ends).encode(), digest_size=16)
+    for one in asked:
+        digest.update(json.dumps(one).encode() + b"\n")
+    return digest.hexdigest()

@@ -33,7 +33,7 @@ class AnswerBook(Book):
         self._known: dict[str, str] = {row["digest"]: row["text"] for row in self.rows if row["text"] is not None}
         known = [] if ask_again else self.rows
         self._left_out: dict[str, str] = {row["digest"]: row["error"] for row in known if row.get("left_out")}
-        self.spent = NOTHING.plus(*(Spent(*(row[name] for name in Spent._fields)) for row in self.rows))
+        self.spent = NOTHING.plus(*map(_spent, self.rows))
         self.failed = Counter[str]()
 
     def of(self, questions: Sequence[Messages], notes: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -75,3 +75,8 @@ class AnswerBook(Book):
             self._known[key] = answer.text
         elif answer.left_out:
             self._left_out[key] = answer.error
+
+
+def _spent(row: dict[str, Any]) -> Spent:
+    """What an answer in the file took: one request, where it was written before requests were counted."""
+    return Spent(row.get("requests", 1), row["input_tokens"], row["output_tokens"])

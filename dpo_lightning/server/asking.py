@@ -53,8 +53,6 @@ class Unusable(ValueError):
 class Capped(UsageError):
     """A question is not asked again, because a cap might be passed."""
 
-    said = "a cap may be passed"
-
 
 class Outcome(NamedTuple):
     """What became of a question.
@@ -104,11 +102,8 @@ class Asking:
         Raises:
             UsageError: If the server cannot be asked, or answers nothing.
         """
-        try:
-            for place, outcome in self.line.results(self._next):
-                yield from self._easy(outcome) if place is None else self._sorted(place, outcome)
-        except UsageError as trouble:
-            self._trouble = trouble
+        for place, outcome in self.line.results(self._next):
+            yield from self._easy(outcome) if place is None else self._sorted(place, outcome)
         for place, one in self._doubted:
             yield from _paid(place, one.answer)
         if self._trouble is not None:
@@ -154,7 +149,7 @@ class Asking:
         def once(client: Any) -> Answer:
             nonlocal set_aside, paid
             if not set_aside and not self.purse.take(most):
-                raise Capped(Capped.said)
+                raise Capped("a cap might be passed")
             set_aside, spent = False, NOTHING
             try:
                 answer = self.complete(question, client)
@@ -171,8 +166,9 @@ class Asking:
 
         try:
             answer = self.line.ask(once, retries)
-        except (Refused, Unanswered, Capped) as trouble:
-            return Outcome(Answer(None, paid, error=trouble.said), trouble, self._answered > before)
+        except UsageError as trouble:
+            said = getattr(trouble, "said", str(trouble))
+            return Outcome(Answer(None, paid, error=said), trouble, self._answered > before)
         return Outcome(answer._replace(spent=paid))
 
     def _sorted(self, place: int, outcome: Outcome) -> Iterator[tuple[int | None, Answer]]:
@@ -185,35 +181,40 @@ class Asking:
         elif isinstance(outcome.trouble, Capped):
             self._waiting.appendleft(place)
             yield from _paid(place, outcome.answer)
-        else:
+        elif isinstance(outcome.trouble, (Refused, Unanswered)):
             self._doubted.append((place, outcome))
-            refused = isinstance(outcome.trouble, Refused)
-            if outcome.answered_meanwhile or (refused and self._answered):
+            if outcome.answered_meanwhile:
                 yield from self._blamed(place)
+        else:
+            yield from _paid(place, outcome.answer)
+            self._end(outcome.trouble)
 
     def _easy(self, outcome: Outcome) -> Iterator[tuple[int | None, Answer]]:
         """It is the questions if the server answers something easy, else it is the server."""
         self._checking = False
         yield from _paid(None, outcome.answer)
-        if outcome.trouble is None:
-            self._answered += 1
+        trouble = outcome.trouble
+        if trouble is None or outcome.answered_meanwhile:
+            self._answered += trouble is None
             yield from self._blamed()
-        elif isinstance(outcome.trouble, Refused):
-            url = self.line.connection.url
-            self._trouble = UsageError(f"{url} refuses every question ({outcome.trouble.said}).")
-        elif isinstance(outcome.trouble, Capped):
-            self._capped = True
-        else:
-            troubles = [one.trouble for _, one in self._doubted if isinstance(one.trouble, Unanswered)]
-            self._trouble = [*troubles, outcome.trouble][0]
-        if self._trouble is not None:
-            self.line.ask_no_more()
+        elif isinstance(trouble, Refused):
+            self._end(UsageError(f"{self.line.connection.url} refuses every question now ({trouble.said})."))
+        elif not isinstance(trouble, Capped):
+            failed = [one.trouble for _, one in self._doubted if isinstance(one.trouble, Unanswered)]
+            self._end(failed[0] if isinstance(trouble, Unanswered) and failed else trouble)
+
+    def _end(self, trouble: UsageError) -> None:
+        """Ask nothing more; the first trouble is what is said."""
+        self._trouble = self._trouble or trouble
+        self.line.ask_no_more()
 
     def _blamed(self, only: int | None = None) -> Iterator[tuple[int | None, Answer]]:
         """Questions that the server refuses or fails though it answers: all in doubt, or one.
 
         What failed has a second chance, since the server may have been away for a while.
         """
+        if self.line.stopped:  # they may have been broken off
+            return
         found = [(place, one) for place, one in self._doubted if only in (None, place)]
         self._doubted = [(place, one) for place, one in self._doubted if only not in (None, place)]
         for place, one in found:

@@ -106,7 +106,7 @@ class Server(Connection):
         dollars = "" if cost is None else f", {cost:.4f} dollars"
         tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
         return UsageError(
-            f"{purse.passed} may be passed by the next question: {spent.requests} were answered ({tokens}{dollars}), "
+            f"{purse.passed} may be passed by the next question: {spent.requests} were asked ({tokens}{dollars}), "
             f"{left} are left. What was answered is kept; raise the cap and give the same command to go on."
         )
 

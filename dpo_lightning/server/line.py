@@ -28,7 +28,7 @@ class Connection:
         url: Its address, as in http://localhost:8000/v1.
         model: Name of the model.
         key_variable: Environment variable that holds the key; many servers on one's own machine need none.
-        timeout: Seconds until the whole of an answer has to be there.
+        timeout: Seconds to wait for an answer; one that trickles in is given up within twice that.
         retries: How often a question is asked again.
         first_wait: Seconds before that, doubled each time, up to a minute.
         concurrency: Questions at a time.
@@ -111,6 +111,11 @@ class Line:
     def ask_no_more(self) -> None:
         """Ask nothing again; what is under way may be answered."""
         self._stop.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is asked again, so that who has no answer is not to blame."""
+        return self._stop.is_set()
 
     def close(self) -> None:
         """Ask nothing more, and wait for nothing."""

@@ -12,7 +12,7 @@ def receive(method: Any, within: float, errors: Any, **request: Any) -> Any:
 
     Args:
         method: What makes it, of a client of openai's, as in client.completions.
-        within: Seconds until all of it has to be there, however it comes in.
+        within: Seconds until all of it has to be there; one that trickles in is given up within twice that.
         errors: The library, whose errors are raised.
         **request: What is asked.
 
@@ -22,17 +22,19 @@ def receive(method: Any, within: float, errors: Any, **request: Any) -> Any:
     """
     end = time.monotonic() + within
     body = bytearray()
-    with method.with_streaming_response.create(**request) as response:
-        try:
+    try:
+        with method.with_streaming_response.create(**request) as response:
             for piece in response.iter_bytes():
                 body += piece
                 if time.monotonic() > end:
                     raise errors.APITimeoutError(request=response.http_request)
-        except errors.APIError:
+    except errors.APIError:
+        raise
+    except Exception as error:  # that of the library below, where a body breaks off, that of an error too
+        if (asked := getattr(error, "request", None)) is None:
             raise
-        except Exception as error:  # that of the library below
-            kind = errors.APITimeoutError if "Timeout" in type(error).__name__ else errors.APIConnectionError
-            raise kind(request=response.http_request) from error
+        kind = errors.APITimeoutError if "Timeout" in type(error).__name__ else errors.APIConnectionError
+        raise kind(request=asked) from error
     return json.loads(bytes(body))
 
 

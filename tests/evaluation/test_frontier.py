@@ -163,3 +163,15 @@ def test_bounds_have_their_names_beside_them_where_there_is_room():
 def test_the_picture_is_a_png(tmp_path):
     with pytest.raises(UsageError, match=r"as in out\.png"):
         frontier([], "out.pdf")
+
+
+def test_runs_stand_beside_a_file_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, points in (("a", DPO), ("b", OTHER)):
+        write_points(tmp_path / f"{name}.json", points, {})
+    run_tool("frontier", ["a.json", "b.json", "--out", "named.png"])
+    run_tool("frontier", ["--out=turned.png", "--runs", "a.json", "b.json"])
+    named, turned = ((tmp_path / f"{name}.csv").read_text() for name in ("named", "turned"))
+    assert named == turned
+    assert "DPO" in named
+    assert "Preferred-FT" in named

@@ -100,9 +100,9 @@ def test_a_run_that_ends_early_goes_on(tmp_path):
 
 def test_what_was_spent_in_earlier_runs_counts(tmp_path):
     with ChatServer(longer) as chat:
-        with pytest.raises(UsageError, match=r"4 were answered .*2 are left"):
+        with pytest.raises(UsageError, match=r"4 were asked .*2 are left"):
             judge(chat, server={"max_requests": 4}).compare(COMPARISONS, tmp_path / "answers.jsonl")
-        with pytest.raises(UsageError, match=r"5 were answered .*1 are left"):
+        with pytest.raises(UsageError, match=r"5 were asked .*1 are left"):
             judge(chat, server={"max_requests": 5}).compare(COMPARISONS, tmp_path / "answers.jsonl")
         assert len(chat.bodies) == 5
         assert judge(chat, server={"max_requests": 6}).compare(COMPARISONS, tmp_path / "answers.jsonl") == [
@@ -147,6 +147,20 @@ def test_what_was_refused_or_failed_is_not_asked_again_unless_wished_for(tmp_pat
         assert len(chat.bodies) == asked + 12
 
 
+def test_answers_of_before_requests_were_counted_are_read(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with ChatServer(longer) as chat:
+        judge(chat).compare(COMPARISONS[:2], path)
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps({**row, "requests": None}) + "\n" for row in kept).replace(', "requests": null', "")
+        )
+        with pytest.raises(UsageError, match="4 were asked"):
+            judge(chat, server={"max_requests": 4}).compare(COMPARISONS, path)
+        assert judge(chat).compare(COMPARISONS, path) == [1.0, 0.0, 0.5]
+        assert len(chat.bodies) == 6
+
+
 def test_what_was_paid_for_nothing_counts_in_later_runs(tmp_path):
     empty = Reply(body='{"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}')
     path = tmp_path / "answers.jsonl"
@@ -156,7 +170,7 @@ def test_what_was_paid_for_nothing_counts_in_later_runs(tmp_path):
                 judge(chat, server={"max_requests": 6 - left, "retries": 9}).compare(COMPARISONS, path)
         assert len(chat.bodies) == 5
         chat.reply = longer
-        with pytest.raises(UsageError, match=r"10 were answered \(1000 \+ 100 tokens\), 1 are left"):
+        with pytest.raises(UsageError, match=r"10 were asked \(1000 \+ 100 tokens\), 1 are left"):
             judge(chat, server={"max_requests": 10, "concurrency": 1}).compare(COMPARISONS, path)
 
 

@@ -88,6 +88,6 @@ def test_the_best_of_n_as_a_reward_model_chooses_it(command, tmp_path, tiny_llam
         found = rewards(texts)
         assert len(texts) == len(set(found)) == 4
         lengths.append(len(texts[found.index(max(found))]))
-    assert points[-1]["method"] == "Best of N by RewardModel"
+    assert points[-1]["method"] == "Best of N by RewardModel reward_model"
     assert points[-1]["reward"] == pytest.approx(sum(lengths) / len(lengths))
     assert points[-1]["reward"] != points[-2]["reward"]

@@ -34,7 +34,8 @@ def test_a_scorer_a_judge_and_chance_by_the_command_line(folder, capsys):
     "arguments",
     [
         ["--config", "known.yaml", "--out", "b.jsonl"],
-        ["--out=b.jsonl", "--config", "known.yaml"],
+        ["--config", "known.yaml", "--out=b.jsonl"],
+        ["--config", "known.yaml", "--samples", "samples.jsonl", "b.jsonl"],
         ["samples.jsonl", "--config", "known.yaml", "--out", "b.jsonl", "--pairs", "all"],
     ],
 )
@@ -53,7 +54,7 @@ def test_what_has_a_place_may_have_its_name_over_a_config(folder, arguments):
         (["--labeller", "Functio"], "there is no class 'Functio' (did you mean 'Function'?)"),
         (["--labeller", "Function", "--labeller.pat", "x"], "Function has no key 'pat' (did you mean 'path'?)"),
         (["--labeller", "Function"], "Function needs path"),
-        (["--labeller", "Function", "--labeller.path", "builtins.len", "--out"], "--out needs a value"),
+        (["--labeller", "Function", "--labeller.path", "builtins.len", "--out"], "expected one argument"),
         (["--labeller", "Function", "--labeller.path", "nowhere.score"], "There is no module nowhere"),
         (["--labeller", "Function", "--labeller.path", "builtins.len", "--pairs", "random"], "give both, or neither"),
     ],

@@ -4,12 +4,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 from chat_server import ChatServer, Reply, longer
 
 from dpo_lightning.errors import UsageError
 from dpo_lightning.server import Server, Spent
+from dpo_lightning.server.asking import EASY
 
 NOBODY = "http://127.0.0.1:1/v1"
 
@@ -159,6 +161,23 @@ def test_an_answer_that_comes_in_drops_is_waited_for_no_longer():
         assert len(chat.bodies) == 3
 
 
+@pytest.mark.parametrize("status", [200, 503])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"promised": 99},
+        {"promised": 99, "after": 1.0},
+        {"headers": {"content-encoding": "gzip"}},
+    ],
+    ids=["cut", "stalled", "garbled"],
+)
+def test_a_reply_that_breaks_off_is_asked_for_again(status, trouble):
+    broken = Reply(status=status, drops=[b'{"choices": [{"mess'], **trouble)
+    with ChatServer(lambda number, question, body: broken if number == 1 else "yes") as chat:
+        assert texts(chat.server(timeout=0.5)) == {0: "yes"}
+        assert len(chat.bodies) == 2
+
+
 def test_the_server_says_how_long_to_wait():
     busy = Reply(status=429, body="{}", headers={"retry-after": "0.2"})
     with ChatServer(lambda number, question, body: busy if number == 1 else "yes") as chat:
@@ -285,10 +304,80 @@ def test_a_server_that_refuses_everything_ends_the_run(count, asked):
     refusal = Reply(status=400, body='{"error": {"message": "no temperature, please"}}')
     with (
         ChatServer(lambda *request: refusal) as chat,
-        pytest.raises(UsageError, match=r"refuses every question .*no temperature"),
+        pytest.raises(UsageError, match=r"refuses every question now .*no temperature"),
     ):
         texts(chat.server(concurrency=1), count)
     assert len(chat.bodies) == asked
+
+
+def test_a_server_that_begins_to_refuse_everything_ends_the_run_and_leaves_nothing_out():
+    def poor(number, question, body):
+        return question if number <= 5 else Reply(status=400, body='{"error": {"message": "no credit"}}')
+
+    got = []
+    with (
+        ChatServer(poor) as chat,
+        pytest.raises(UsageError, match=r"refuses every question now \(status 400: no credit\)"),
+    ):
+        got.extend(chat.server(concurrency=1).ask(questions(60)))
+    assert [answer.text is not None for _, answer in got] == [True] * 5
+    assert len(chat.bodies) == 5 + 8 + 1  # and something easy
+
+
+def test_what_was_broken_off_by_the_end_of_a_run_is_not_left_out():
+    asked = Counter()
+
+    def once_asked(count):
+        end = time.monotonic() + 5
+        while asked["question 0"] < count and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def ends(number, question, body):
+        asked[question] += 1
+        if question == "question 0":
+            return Reply(status=500, body="{}")
+        if question == "question 4":  # is answered while question 0 has its second chance
+            once_asked(5)
+        if question == "question 5":  # ends the run before that is over
+            once_asked(6)
+            return Reply(status=401, body="{}")
+        return Reply(question, after=0.05)
+
+    got = []
+    with ChatServer(ends) as chat, pytest.raises(UsageError, match="wants another key"):
+        got.extend(chat.server(concurrency=3, retries=3, first_wait=0.1).ask(questions(8)))
+    assert 6 <= asked["question 0"] < 8
+    assert sum(answer.text is not None for _, answer in got) == 6
+    assert not any(answer.left_out for _, answer in got)
+
+
+def test_something_easy_that_fails_does_not_end_a_run_in_which_others_are_answered():
+    arrived = threading.Event()
+
+    def uneven(number, question, body):
+        if question == EASY[0]["content"]:
+            arrived.set()
+            return Reply(status=503, body="{}", after=0.3)
+        if question in ("question 0", "question 1", "question 2"):
+            return Reply(status=500, body="{}")
+        arrived.wait(5)
+        return question
+
+    with ChatServer(uneven) as chat:
+        answers = dict(chat.server(concurrency=8, retries=0).ask(questions(12)))
+    assert {place for place, answer in answers.items() if answer.left_out} == {0, 1, 2}
+    assert sum(answer.text is not None for answer in answers.values()) == 9
+
+
+def test_what_was_paid_before_a_wrong_key_counts():
+    def late(number, question, body):
+        return Reply("late", after=0.8) if number == 1 else Reply(status=401, body="{}")
+
+    got = []
+    with ChatServer(late) as chat, pytest.raises(UsageError, match="wants another key"):
+        got.extend(chat.server(timeout=0.4, max_tokens=20).ask(questions(1)))
+    ((place, answer),) = got
+    assert (place, answer.text, answer.left_out, answer.spent[0], answer.spent[2]) == (0, None, False, 1, 20)
 
 
 def test_a_cap_in_dollars_is_never_passed():
@@ -296,7 +385,7 @@ def test_a_cap_in_dollars_is_never_passed():
     with ChatServer(echo) as chat:
         server = chat.server(**prices, max_spend=0.02, max_tokens=50)
         got = []
-        with pytest.raises(UsageError, match=r"`max_spend`, 0.02 dollars, may be passed .* \d were answered .*0\.01"):
+        with pytest.raises(UsageError, match=r"`max_spend`, 0.02 dollars, may be passed .* \d were asked .*0\.01"):
             got.extend(server.ask(questions(50)))
         assert len(got) == len(chat.bodies)
         cost = server.cost(Spent(len(got), 100 * len(got), 10 * len(got)))
@@ -329,7 +418,7 @@ def test_what_may_have_been_charged_for_no_answer_counts(trouble, tokens):
             assert texts(server) == {0: "yes"}
             return
         got = []
-        with pytest.raises(UsageError, match=r"`max_requests`, 1, may be passed .* 1 were answered .* 1 are left"):
+        with pytest.raises(UsageError, match=r"`max_requests`, 1, may be passed .* 1 were asked .* 1 are left"):
             got.extend(server.ask(questions(1)))
         assert len(chat.bodies) == 1
     ((place, answer),) = got
@@ -346,7 +435,7 @@ def test_an_answer_tells_of_all_that_was_paid_for_it():
 
 
 def test_what_was_spent_before_counts():
-    with ChatServer(echo) as chat, pytest.raises(UsageError, match=r"10 were answered .* 5 are left"):
+    with ChatServer(echo) as chat, pytest.raises(UsageError, match=r"10 were asked .* 5 are left"):
         texts(chat.server(max_requests=10), 5, spent=Spent(10, 0, 0))
     assert chat.bodies == []
 
