@@ -123,7 +123,6 @@ class LLMJudge(Judge):
         return [None if text is None else read(text) for text in texts]
 
     def _figures(self, verdicts: list[Verdict], book: AnswerBook) -> str:
-        cost, spent = self.server.cost(book.spent), book.spent
         bias = position_bias(verdicts) if self.both_orders else None
         lines = [f"Judged by {self.server.model}: {len(verdicts)} comparisons"]
         lines.append(f"  without a verdict       {sum(one.mean is None for one in verdicts)}")
@@ -132,6 +131,4 @@ class LLMJudge(Judge):
         if bias is not None:
             lines.append(f"  changed by the order    {bias.changed:.1%}")
             lines.append(f"  preferred as the first  {bias.first:.1%} of the answers that are no tie")
-        dollars = "" if cost is None else f", {cost:.4f} dollars"
-        tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
-        return "\n".join([*lines, f"  requests in all         {spent.requests} ({tokens}{dollars})"])
+        return "\n".join([*lines, f"  requests in all         {book.spent.requests} ({self.server.bill(book.spent)})"])

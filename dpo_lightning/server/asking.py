@@ -156,8 +156,9 @@ class Asking:
                 spent = answer.spent
                 return answer
             except Exception as error:
-                spent = error.spent if isinstance(error, Unusable) else NOTHING
-                if not isinstance(error, Unusable) and self.line.may_have_answered(error):
+                if isinstance(error, Unusable):
+                    spent = error.spent
+                elif self.line.may_have_answered(error):
                     spent = most
                 raise
             finally:

@@ -86,6 +86,12 @@ class Server(Connection):
             return None
         return (spent.input_tokens * self.input_price + spent.output_tokens * self.output_price) / 1e6
 
+    def bill(self, spent: Spent) -> str:
+        """Tokens, and dollars where there are prices, in words."""
+        cost = self.cost(spent)
+        dollars = "" if cost is None else f", {cost:.4f} dollars"
+        return f"{spent.input_tokens} + {spent.output_tokens} tokens{dollars}"
+
     def _most(self, question: Messages) -> Spent:
         """No less than a question can take: a token has at least a byte; what a template adds is allowed for."""
         return Spent(1, len(json.dumps(question, ensure_ascii=False).encode()) + 128, self.max_tokens)
@@ -102,11 +108,9 @@ class Server(Connection):
         return ""
 
     def _capped(self, purse: Purse, left: int) -> UsageError:
-        spent, cost = purse.spent, self.cost(purse.spent)
-        dollars = "" if cost is None else f", {cost:.4f} dollars"
-        tokens = f"{spent.input_tokens} + {spent.output_tokens} tokens"
         return UsageError(
-            f"{purse.passed} may be passed by the next question: {spent.requests} were asked ({tokens}{dollars}), "
+            f"{purse.passed} may be passed by the next question: {purse.spent.requests} were asked "
+            f"({self.bill(purse.spent)}), "
             f"{left} are left. What was answered is kept; raise the cap and give the same command to go on."
         )
 
